@@ -1,0 +1,308 @@
+"""The commands behind ``deepdoctor.cli``. stdout carries data (answers, paths, --json); stderr carries the story."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+from cyclopts import Parameter
+from pydantic import BaseModel, create_model
+from rich.console import Console
+
+from deepdoctor.recipe import Recipe, Section, load_recipe
+from deepdoctor.ui import Reporter
+
+__all__ = [
+    "ask_command",
+    "compare_command",
+    "data_command",
+    "doctor_command",
+    "export_command",
+    "plan_command",
+    "run_command",
+    "schema_command",
+    "train_command",
+]
+
+
+def _optional(section: type[BaseModel], name: str) -> type[BaseModel]:
+    """Return a copy of a section in which every field may be left out and holds the words of the command line.
+
+    Values stay text here; the recipe converts and checks them, so that a wrong one is named as in a file.
+    """
+    fields: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        kind: Any = field.annotation
+        note = " ".join((field.description or "").split())
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = _optional(kind, f"{name}_{key}")
+        else:
+            if not field.is_required() and field.default not in (None, ()):
+                shown = field.default if not isinstance(field.default, tuple) else " ".join(field.default)
+                note = f"{note} [default: {shown}]"
+            kind = list[str] if get_origin(kind) is tuple else str
+        several = kind == list[str]
+        fields[key] = (Annotated[kind | None, Parameter(help=note, negative=(), consume_multiple=several)], None)
+    return create_model(name, **fields)
+
+
+Overrides: Any = _optional(Recipe, "Overrides")
+Fields = Annotated[
+    Overrides | None, Parameter(name="*", group="Recipe fields, above file and environment", name_transform=str)
+]
+
+
+def _overrides(fields: BaseModel | None) -> dict[str, Any]:
+    """The values given on the command line, nested; the word null clears a field."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return None if value == "null" else value
+
+    return plain(fields.model_dump(exclude_unset=True)) if fields is not None else {}
+
+
+def _recipe(path: Path, fields: Any) -> Recipe:
+    return load_recipe(path, _overrides(fields))
+
+
+def _reporter(verbose: bool = True) -> Reporter:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "urllib3", "datasets", "huggingface_hub", "bitsandbytes", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return Reporter()
+
+
+def _dry_run(recipe: Recipe, json: bool, vram: str | None = None) -> int:
+    from deepdoctor.dry_run import plan_without_loading
+
+    plan, notes = plan_without_loading(recipe, vram)
+    if json:
+        print(
+            jsonlib.dumps({"recipe": recipe.model_dump(mode="json"), "plan": plan.to_json(), "notes": notes}, indent=2)
+        )
+        return 0
+    print(recipe.to_yaml(), end="")
+    print("---")
+    for line in [*plan.lines(), *notes]:
+        print(f"# {line}")
+    return 0
+
+
+def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, show_rows: int = 0) -> int:
+    from deepdoctor.ask import print_answers
+    from deepdoctor.cpu import prepare_cpu
+    from deepdoctor.train.loop import Interrupted
+
+    reporter = _reporter()
+    prepare_cpu(reporter.say)
+    from deepdoctor.pipeline import run
+
+    try:
+        result = run(recipe, resume=resume, stages=stages, show_rows=show_rows, reporter=reporter)
+    except Interrupted as stop:
+        reporter.say(f"stopped after step {stop.step}; checkpoint {stop.checkpoint}")
+        reporter.say("go on with the same command and `--resume`")
+        return 130
+    if json:
+        stats = {key: value for key, value in result.stats.items() if key != "answers"}
+        print(
+            jsonlib.dumps({"run": str(result.folder), "stats": stats, "exported": result.exported}, ensure_ascii=False)
+        )
+        return 0
+    if result.answers:
+        print_answers(result.answers, Console())
+    if "compare" in stages:
+        for line in _outcome(result.stats):
+            print(line)
+        print(f"report: {result.report}")
+    else:
+        print(result.folder)
+    return 0
+
+
+def _outcome(stats: dict[str, Any]) -> list[str]:
+    """The comparison in a few lines."""
+    lines = []
+    for part, loss in stats.get("loss", {}).items():
+        interval = (
+            f", 95 % interval {loss['ci_low']:+.3f} to {loss['ci_high']:+.3f}" if loss["ci_low"] is not None else ""
+        )
+        lines.append(
+            f"held-out loss, {part}: {loss['base']:.3f} -> {loss['tuned']:.3f} ({loss['difference']:+.3f}{interval}): "
+            f"{loss['verdict']}"
+        )
+    for task in stats.get("tasks", []):
+        base, tuned = task["base"], task["tuned"]
+        lines.append(
+            f"{task['task']}: well-formed {base['well_formed']}/{task['n']} -> {tuned['well_formed']}/{task['n']}, "
+            f"cut off {base['cut_off']}/{task['n']} -> {tuned['cut_off']}/{task['n']}"
+        )
+        if task.get("accuracy"):
+            accuracy = task["accuracy"]
+            lines.append(
+                f"{task['task']}: accuracy {accuracy['base_mean']:.1%} -> {accuracy['tuned_mean']:.1%} "
+                f"(95 % interval of the difference {accuracy['ci_low']:+.1%} to {accuracy['ci_high']:+.1%}, "
+                f"p {accuracy['p_value']:.2g}): {accuracy['verdict']}"
+            )
+    return lines
+
+
+def run_command(
+    recipe: Path, /, *, fields: Fields = None, resume: bool = False, dry_run: bool = False, json: bool = False
+) -> int:
+    """Carry out a whole recipe and end with the report's path.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, e.g. recipes/demo.yaml.
+    resume
+        Go on in an existing run folder from what is complete.
+    dry_run
+        Print the resolved recipe and the plan; load and download nothing.
+    json
+        Print the result as one JSON object.
+    """
+    resolved = _recipe(recipe, fields)
+    if dry_run:
+        return _dry_run(resolved, json)
+    return _stages(resolved, ("data", "train", "compare", "export"), resume, json)
+
+
+def data_command(source: Path, /, *, fields: Fields = None, rows: int = 3, json: bool = False) -> int:
+    """Check rows: what is found, what is dropped and why, and three rows with their loss mask.
+
+    Parameters
+    ----------
+    source
+        Recipe (.yaml), or a file of rows, which is checked with the embedded model's tokenizer.
+    rows
+        Rows shown with trained and masked tokens apart.
+    json
+        Print check.json.
+    """
+    from deepdoctor.data.command import check_source
+
+    return check_source(source, _overrides(fields), rows, json, _reporter())
+
+
+def train_command(recipe: Path, /, *, fields: Fields = None, resume: bool = True, json: bool = False) -> int:
+    """Train the adapter of a run whose data stage is complete; resumes from its newest checkpoint."""
+    return _stages(_recipe(recipe, fields), ("train",), resume, json)
+
+
+def compare_command(recipe: Path, /, *, fields: Fields = None, json: bool = False) -> int:
+    """Compare base and tuned of a trained run on unseen questions."""
+    return _stages(_recipe(recipe, fields), ("compare",), True, json)
+
+
+def export_command(recipe: Path, /, *, fields: Fields = None, json: bool = False) -> int:
+    """Write adapter and merged model of a trained run."""
+    return _stages(_recipe(recipe, fields), ("export",), True, json)
+
+
+def ask_command(
+    question: str,
+    /,
+    *,
+    run: Path | None = None,
+    side: str = "both",
+    max_new_tokens: int | None = None,
+    json: bool = False,
+) -> int:
+    """Ask base and tuned the same question and print both answers side by side.
+
+    Parameters
+    ----------
+    question
+        What to ask.
+    run
+        Run folder; the newest under runs/ where left out.
+    side
+        both, base or tuned.
+    max_new_tokens
+        Tokens an answer may have; the recipe's where left out.
+    json
+        Print the answer records as JSON lines.
+    """
+    from deepdoctor.cpu import prepare_cpu
+    from deepdoctor.errors import RunError, UsageError
+
+    sides = {"both": ("base", "tuned"), "base": ("base",), "tuned": ("tuned",)}.get(side)
+    if sides is None:
+        raise UsageError(f"--side is {side!r}, expected both, base or tuned")
+    if not question.strip():
+        raise UsageError("the question is empty")
+    if run is None:
+        found = sorted(Path("runs").glob("*/train/adapter"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise RunError(
+                "there is no trained run under runs/", "give one with `--run FOLDER`, or `deepdoctor run RECIPE`"
+            )
+        run = found[-1].parent.parent
+    reporter = _reporter()
+    prepare_cpu(reporter.say)
+    from deepdoctor.ask import ask, print_answers
+    from deepdoctor.run import RunFolder
+    from deepdoctor.session import Session
+
+    folder = RunFolder.open(run)
+    recipe = folder.recipe
+    if max_new_tokens:
+        recipe = load_recipe(recipe, {"ask": {"max_new_tokens": max_new_tokens}}, {})
+    records = ask(Session(recipe, folder, reporter), [question], sides)
+    if json:
+        for record in records:
+            print(jsonlib.dumps(record, ensure_ascii=False))
+    else:
+        print_answers(records, Console())
+    return 0
+
+
+def plan_command(recipe: Path, /, *, fields: Fields = None, vram: str | None = None, json: bool = False) -> int:
+    """Print what a recipe would take on this machine, without loading the model.
+
+    Parameters
+    ----------
+    recipe
+        YAML file.
+    vram
+        Plan for a GPU with this much memory, e.g. 15GiB, whatever this machine has.
+    json
+        Print the plan as JSON.
+    """
+    from deepdoctor.dry_run import plan_without_loading
+
+    plan, notes = plan_without_loading(_recipe(recipe, fields), vram)
+    if json:
+        print(jsonlib.dumps({"plan": plan.to_json(), "notes": notes}, indent=2))
+    else:
+        for line in [*plan.lines(), *notes]:
+            print(line)
+    return 0
+
+
+def doctor_command(*, json: bool = False) -> int:
+    """Check Python, torch, processor or GPU, memory, disk and extras; exit code 1 where something would stop a run."""
+    from deepdoctor.doctor import check_machine
+
+    checks = check_machine()
+    if json:
+        print(jsonlib.dumps(checks, indent=2))
+    else:
+        for check in checks:
+            print(
+                f"{check['state']:>5}  {check['name']}: {check['found']}"
+                + (f"  -> {check['remedy']}" if check["remedy"] else "")
+            )
+    return 1 if any(check["state"] == "bad" for check in checks) else 0
+
+
+def schema_command() -> int:
+    """Print the JSON schema of a recipe: every field with type, range, default and meaning."""
+    print(jsonlib.dumps(Recipe.model_json_schema(), indent=2))
+    return 0

@@ -1,0 +1,113 @@
+"""Both sides answer the same questions from one batch and one set of weights; every answer is kept as a record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from deepdoctor.compare.extract import read_letter, repeats, split_thinking
+from deepdoctor.data.prompt import Prompt
+from deepdoctor.data.questions import option_prompt
+from deepdoctor.data.rows import Question, Row
+from deepdoctor.model.generate import Completion, Generator, Request, Sampling
+
+__all__ = ["Item", "answer_items", "items_of_questions", "items_of_rows"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to ask. options and key are empty for open questions; group joins repeats of one question."""
+
+    task: str
+    id: str
+    question: str
+    options: dict[str, str] = field(default_factory=dict)
+    key: str | None = None
+    group: str | None = None
+    reference: str | None = None
+
+
+def items_of_questions(questions: Iterable[Question]) -> list[Item]:
+    """Turn four-option questions into items; the options stand in the text asked."""
+    return [Item(q.task, q.id, option_prompt(q), dict(q.options), q.answer, q.dup_group) for q in questions]
+
+
+def items_of_rows(rows: Iterable[Row], task: str = "held_out_rows") -> list[Item]:
+    """Turn held-out rows into open items."""
+    return [Item(task, row.content_hash[:12], row.question, reference=row.answer) for row in rows]
+
+
+def _seed(seed: int, item: Item) -> int:
+    """A seed of the item's own, the same for both sides and whatever else is asked."""
+    digest = hashlib.sha256(f"{seed}\x1f{item.task}\x1f{item.id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def answer_items(
+    items: Sequence[Item],
+    generator: Generator,
+    prompt: Prompt,
+    sampling: Sampling,
+    sides: Sequence[str] = ("base", "tuned"),
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_token: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Ask every item of every side; return the records in the order of items, base before tuned.
+
+    Both sides get the same token ids, limit, sampling and seed. on_record: called with each record as it is finished.
+    """
+    requests = []
+    for number, item in enumerate(items):
+        ids = prompt.prompt_ids(item.question)
+        drawn = Sampling(
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.repetition_penalty,
+            _seed(sampling.seed, item),
+        )
+        requests += [Request(ids, drawn, side == "tuned", (number, side)) for side in sides]
+    records: dict[Any, dict[str, Any]] = {}
+    started = time.perf_counter()
+    for completion in generator.run(requests, (lambda request, token: on_token()) if on_token else None):
+        number, side = cast(tuple[int, str], completion.request.key)
+        record = _record(items[number], side, completion, prompt)
+        record["seconds_since_start"] = round(time.perf_counter() - started, 3)
+        records[number, side] = record
+        if on_record:
+            on_record(record)
+    return [records[number, side] for number in range(len(items)) for side in sides]
+
+
+def _record(item: Item, side: str, completion: Completion, prompt: Prompt) -> dict[str, Any]:
+    tokenizer = prompt.tokenizer
+    text = tokenizer.decode(completion.ids)
+    reading = split_thinking(text, prompt.opens_think)
+    letter = correct = None
+    if item.options:
+        letter = read_letter(reading.answer, list(item.options), item.options)
+        correct = letter == item.key
+    return {
+        "task": item.task,
+        "id": item.id,
+        "group": item.group,
+        "side": side,
+        "question": item.question,
+        "prompt_tokens": len(completion.request.prompt_ids),
+        "text": text,
+        "new_tokens": len(completion.ids),
+        "thinking_tokens": len(tokenizer.encode(reading.thinking)) if reading.thinking else 0,
+        "answer_tokens": len(tokenizer.encode(reading.answer)) if reading.answer else 0,
+        "cut_off": completion.cut_off,
+        "well_formed": reading.well_formed and not completion.cut_off,
+        "thinking": reading.thinking,
+        "answer": reading.answer,
+        "options": item.options or None,
+        "letter": letter,
+        "key": item.key,
+        "correct": correct,
+        "looping": repeats(text),
+    }

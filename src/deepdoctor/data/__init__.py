@@ -1,0 +1,1 @@
+"""Rows in, token ids and a check report out."""

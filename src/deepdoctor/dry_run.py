@@ -1,0 +1,111 @@
+"""A plan without weights, rows or network: from the model's published shape and, where they are local, the real rows."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from deepdoctor.errors import UsageError
+from deepdoctor.model.config import ModelConfig, known_config
+from deepdoctor.recipe import Recipe
+from deepdoctor.train.plan import Plan, make_plan
+
+__all__ = ["parse_size", "plan_without_loading"]
+
+ASSUMED_LENGTHS = (540, 620, 670, 740, 880, 1050)
+"""Tokens of medical-o1 rows under the Llama 3.1 tokenizer where rows cannot be read: quantiles of 198 real rows
+(median 670, 90 % at most 878, 99 % at most 1,048)."""
+
+
+def parse_size(text: str) -> float:
+    """``15GiB``, ``15G``, ``16384MiB`` -> MiB. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|G|GB|MiB|M|MB)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UsageError(f"--vram is {text!r}, expected a size such as 15GiB")
+    unit = (match[2] or "GiB").lower()
+    return float(match[1]) * {"g": 1024, "gib": 1024, "gb": 1e9 / 2**20, "m": 1, "mib": 1, "mb": 1e6 / 2**20}[unit]
+
+
+def _config(recipe: Recipe) -> tuple[ModelConfig, str]:
+    path = Path(recipe.model.id).expanduser()
+    if path.is_dir():
+        return ModelConfig.from_folder(path), f"shape from {path / 'config.json'}"
+    known = known_config(recipe.model.id)
+    if known is not None:
+        return known, f"shape of {recipe.model.id} as published"
+    from deepdoctor.model.load import open_weights, resolve_model
+
+    config, source = open_weights(resolve_model(recipe.model.id, recipe.model.revision))
+    source.close()
+    return config, "shape from the downloaded model"
+
+
+def _lengths(recipe: Recipe) -> tuple[list[int], bool, str]:
+    """Row lengths: measured where rows and tokenizer are local, else assumed."""
+    source = recipe.data.source
+    local_rows = source.startswith("embedded:") or Path(source).expanduser().exists()
+    local_model = recipe.model.id.startswith("embedded:") or Path(recipe.model.id).expanduser().exists()
+    if local_rows and local_model:
+        from deepdoctor.data.split import split_rows
+        from deepdoctor.data.stage import read_and_check
+        from deepdoctor.session import Session
+        from deepdoctor.ui import SilentReporter
+
+        session = Session(recipe, None, SilentReporter())
+        kept, _ = read_and_check(session)
+        train, _ = split_rows([row for row, _ in kept], recipe.data.held_out, recipe.seed)
+        indexes = {row.index for row in train}
+        return [len(e.input_ids) for row, e in kept if row.index in indexes], True, ""
+    rows = recipe.data.max_rows or 1000
+    lengths = [min(length, recipe.data.max_seq_len) for length in ASSUMED_LENGTHS] * math.ceil(
+        rows / len(ASSUMED_LENGTHS)
+    )
+    note = f"rows of {source} were not read: lengths assumed (median 670 tokens, longest {max(lengths)})" + (
+        "" if recipe.data.max_rows else f", {rows} rows assumed"
+    )
+    return lengths[:rows], False, note
+
+
+def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan, list[str]]:
+    """Return the plan and notes on what it rests on.
+
+    vram: plan for a GPU of this size whatever this machine has. Raises TrainingError where the run cannot fit.
+    """
+    from deepdoctor.model.load import choose_device
+    from deepdoctor.model.precision import resolve_precision
+
+    config, note = _config(recipe)
+    notes = [note]
+    lengths, measured, note = _lengths(recipe)
+    if note:
+        notes.append(note)
+    has_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
+    if vram is not None or (recipe.model.device == "cuda" and not has_gpu):
+        device, memory = torch.device("cuda"), parse_size(vram or "80GiB")
+        notes.append(
+            f"planned for a GPU with {memory / 1024:,.0f} GiB" + ("" if has_gpu else "; this machine has none")
+        )
+    else:
+        device, memory = choose_device(recipe.model.device), None
+    precision: str = recipe.model.precision
+    if device.type == "cuda" and not has_gpu:
+        precision = "bf16" if precision == "auto" else precision
+        held, compute = precision, torch.float16 if precision == "fp16" else torch.bfloat16
+    else:
+        held, compute = resolve_precision(precision, device)
+    if known_config(recipe.model.id) and recipe.model.id.endswith("-bnb-4bit"):
+        held = "nf4"
+    plan = make_plan(
+        config,
+        recipe.train,
+        lengths,
+        device=device,
+        precision=held,
+        compute_dtype=compute,
+        memory_mib=memory,
+        lengths_measured=measured,
+    )
+    return plan, notes

@@ -1,0 +1,1 @@
+"""One decoder for training and answering: config, weights, tokenizer, adapter, generation."""

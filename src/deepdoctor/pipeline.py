@@ -1,0 +1,91 @@
+"""The main path: data -> train -> compare -> export -> serve, with one question asked before and after.
+
+Every stage is a function from the recipe and earlier artifacts to a folder of the run, so each also runs alone and an
+interrupted run goes on from its folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepdoctor.ask import ask_and_keep
+from deepdoctor.compare.stage import compare_sides
+from deepdoctor.data.stage import prepare_data
+from deepdoctor.errors import RunError
+from deepdoctor.export.stage import export_model
+from deepdoctor.recipe import Recipe, load_recipe
+from deepdoctor.run import RunFolder
+from deepdoctor.session import Session
+from deepdoctor.train.stage import train_adapter
+from deepdoctor.ui import Reporter, SilentReporter
+
+__all__ = ["STAGES", "RunResult", "run"]
+
+STAGES = ("data", "train", "compare", "export")
+
+
+@dataclass
+class RunResult:
+    """What a run left: its folder, the comparison (as in stats.json), the answers read by people, the exports."""
+
+    folder: Path
+    stats: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    exported: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def report(self) -> Path:
+        """The page to open."""
+        return self.folder / "compare" / "report.html"
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    resume: bool = False,
+    stages: Sequence[str] = STAGES,
+    show_rows: int = 0,
+    reporter: Reporter | None = None,
+) -> RunResult:
+    """Carry out a recipe: file, mapping or Recipe.
+
+    resume: go on in an existing run folder. stages: which of STAGES to carry out; earlier ones must be complete.
+    show_rows: print that many rows with their loss mask. Raises DeepDoctorError for anything a user can mend.
+    """
+    recipe = load_recipe(recipe)
+    folder = RunFolder.create(recipe, resume)
+    session = Session(recipe, folder, reporter or SilentReporter())
+    result = RunResult(folder.path)
+    _refuse_gaps(folder, stages)
+    session.prompt  # noqa: B018  a wrong model or template stops here, before any work
+    data = prepare_data(session, show_rows)
+    if "train" in stages:
+        if recipe.ask.questions:
+            ask_and_keep(session, folder, "before", ("base",))
+        train_adapter(session, data, resume)
+        if recipe.ask.questions:
+            result.answers = ask_and_keep(session, folder, "after", ("base", "tuned"))
+    if "compare" in stages:
+        result.stats = compare_sides(session, data)
+    if "export" in stages:
+        result.exported = export_model(session, data)
+    if tuple(stages) == STAGES:
+        folder.update(status="done")
+    return result
+
+
+def _refuse_gaps(folder: RunFolder, stages: Sequence[str]) -> None:
+    """A stage that runs alone needs the ones before it."""
+    needs = {"train": ("data",), "compare": ("data", "train/adapter"), "export": ("data", "train/adapter")}
+    made = set(stages)
+    for stage in stages:
+        for need in needs.get(stage, ()):
+            if need.split("/")[0] not in made and not folder.done(need):
+                command = need.split("/")[0]
+                raise RunError(
+                    f"{folder.path} has no complete {command} stage, which {stage} starts from",
+                    f"run `deepdoctor {command} RECIPE` first, or `deepdoctor run RECIPE` for all",
+                )

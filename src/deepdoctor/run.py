@@ -1,0 +1,167 @@
+"""The run folder is the database: a stage's folder exists only when the stage is complete.
+
+``manifest.json`` holds the resolved recipe, versions, machine, seeds, data hash and timings: enough to repeat the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepdoctor import __version__
+from deepdoctor.errors import RunError
+from deepdoctor.recipe import Recipe, load_recipe
+
+__all__ = ["RunFolder", "machine", "versions", "write_json"]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON under a temporary name and rename, so that a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result, without importing any of it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"deepdoctor": __version__, "python": platform.python_version()}
+    for name in ("torch", "tokenizers", "safetensors", "datasets", "bitsandbytes", "gguf"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on."""
+    import torch
+
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_mib"] = torch.cuda.get_device_properties(0).total_memory // 2**20
+        found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    return found
+
+
+class RunFolder:
+    """One run on disk. Make it with ``create`` (a new or resumed run) or ``open`` (an existing one)."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, recipe: Recipe, resume: bool) -> RunFolder:
+        """Make the folder, or take up an existing one.
+
+        Raises RunError where it exists and resume is false, was made by another recipe, or cannot be written.
+        """
+        path = Path(recipe.runs_dir) / recipe.name
+        if (path / "manifest.json").exists():
+            found = cls.open(path)
+            if not resume:
+                raise RunError(
+                    f"run folder {path} already exists",
+                    "take it up again with `--resume`, or give the new run another `--name`",
+                )
+            found._refuse_other_recipe(recipe)
+            return found
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"{path} exists and is no run folder", "give the run another `--name` or `--runs_dir`")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            run = cls(path, {"schema": 1, "recipe": recipe.model_dump(mode="json"), "timings": {}, "status": "new"})
+            run.update(versions=versions(), machine=machine(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        except OSError as error:
+            raise RunError(
+                f"run folder {path} cannot be written: {error.strerror or error}",
+                "choose a writable place with `--runs_dir`, or free some space",
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run. Raises RunError where there is none."""
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            near = sorted(p.parent.name for p in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
+            raise RunError(
+                f"{path} is no run folder ({error})",
+                f"runs there: {', '.join(near)}" if near else "`deepdoctor run RECIPE` makes one",
+            ) from None
+        return cls(path, manifest)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe the run was made with."""
+        return load_recipe(self.manifest["recipe"], environ={})
+
+    def _refuse_other_recipe(self, recipe: Recipe) -> None:
+        mine, theirs = self.manifest["recipe"], recipe.model_dump(mode="json")
+        for section in ("seed", "model", "data", "train"):
+            if mine.get(section) == theirs[section]:
+                continue
+            fields = theirs[section] if isinstance(theirs[section], dict) else {section: theirs[section]}
+            before = mine[section] if isinstance(mine.get(section), dict) else {section: mine.get(section)}
+            changed = [
+                f"{section}.{k} was {before.get(k)!r}, is {v!r}" for k, v in fields.items() if before.get(k) != v
+            ]
+            raise RunError(
+                f"run folder {self.path} was made by another recipe: {'; '.join(changed)}",
+                f"resume with {self.path / 'recipe.yaml'}, or give the new run another `--name`",
+            )
+
+    def update(self, **values: Any) -> None:
+        """Put values into the manifest and write it."""
+        self.manifest.update(values)
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage's folder is complete."""
+        return (self.path / stage).is_dir()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """Give a folder to fill; it takes its final name when the block ends well, and its time is booked.
+
+        Raises RunError for a full or read-only disk; what was complete before stays.
+        """
+        target = self.path / name
+        partial = target.with_name(f".{target.name}.partial")
+        started = time.perf_counter()
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"{target} could not be written: {error.strerror or error}",
+                "free some space or choose another `--runs_dir`, then run again with `--resume`; complete stages are kept",
+            ) from None
+        self.book(name, time.perf_counter() - started)
+
+    def book(self, name: str, seconds: float) -> None:
+        """Add a stage's seconds to the manifest."""
+        timings = dict(self.manifest.get("timings", {}))
+        timings[name] = round(timings.get(name, 0.0) + seconds, 3)
+        self.update(timings=timings)

@@ -1,0 +1,104 @@
+"""What the stages of one run share: tokenizer, prompt, base weights and adapter, each loaded once, when first needed."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+
+from deepdoctor.data.prompt import Prompt
+from deepdoctor.errors import RunError
+from deepdoctor.model.adapter import Adapter, LoraSettings
+from deepdoctor.model.config import ModelConfig
+from deepdoctor.model.decoder import Decoder
+from deepdoctor.model.generate import Sampling
+from deepdoctor.model.load import choose_device, load_decoder, load_tokenizer, resolve_model
+from deepdoctor.model.tokenizer import Tokenizer
+from deepdoctor.recipe import Recipe, SamplingSection
+from deepdoctor.run import RunFolder
+from deepdoctor.ui import Reporter
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One recipe on this machine, with an optional run folder."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder | None, reporter: Reporter):
+        self.recipe = recipe
+        self.run = run
+        self.reporter = reporter
+        self._adapter: Adapter | None = None
+
+    @cached_property
+    def source(self) -> Path:
+        """Local folder (or .gguf file) of the base model."""
+        return resolve_model(self.recipe.model.id, self.recipe.model.revision)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The one prompt object of the run."""
+        data = self.recipe.data
+        return Prompt(self.tokenizer, data.template, data.system, data.train_on)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The frozen base, loaded now."""
+        model = self.recipe.model
+        device = choose_device(model.device)
+        started = time.perf_counter()
+        config_layers = None
+        if self.source.is_dir():
+            config_layers = ModelConfig.from_folder(self.source).num_layers
+        with self.reporter.meter("load", config_layers or 1, "layers") as meter:
+            decoder = load_decoder(
+                self.source,
+                model.precision,
+                device,
+                double_quant=model.double_quant,
+                on_layer=lambda done, total: meter.advance(1 if config_layers else 1 / total),
+            )
+        seconds = time.perf_counter() - started
+        dtype = str(decoder.compute_dtype).removeprefix("torch.")
+        self.reporter.say(
+            f"base {self.recipe.model.id}: {decoder.config.parameters / 1e6:,.1f} M weights as {decoder.precision}, "
+            f"computed in {dtype} on {decoder.device} ({decoder.nbytes / 2**20:,.0f} MiB, {seconds:.1f} s)"
+        )
+        return decoder
+
+    def new_adapter(self) -> Adapter:
+        """Return a fresh adapter that starts as the base."""
+        train = self.recipe.train
+        settings = LoraSettings(
+            train.lora_rank, train.lora_alpha, train.lora_dropout, train.rslora, tuple(train.target_modules)
+        )
+        return Adapter(self.decoder.config, settings, self.recipe.seed)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The trained adapter of the run, on the decoder's device. Raises RunError where there is none yet."""
+        if self._adapter is None:
+            assert self.run is not None
+            folder = self.run.path / "train" / "adapter"
+            if not folder.is_dir():
+                raise RunError(f"{self.run.path} has no trained adapter yet", "run `deepdoctor train RECIPE` first")
+            self._adapter = Adapter.load(folder, self.decoder.config).to(self.decoder.device).eval()
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def sampling(self, section: SamplingSection, seed: int) -> Sampling:
+        """Resolve a sampling section: what is null comes from the model's authors, else greedy."""
+        temperature, top_p = section.temperature, section.top_p
+        if temperature is None:
+            temperature = self.tokenizer.temperature or 0.0
+        if top_p is None:
+            top_p = self.tokenizer.top_p or 1.0
+        return Sampling(section.max_new_tokens, temperature, top_p, section.repetition_penalty, seed)

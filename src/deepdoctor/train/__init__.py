@@ -1,0 +1,1 @@
+"""Rows and a base model in, a LoRA adapter out."""

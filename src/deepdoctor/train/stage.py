@@ -1,0 +1,118 @@
+"""Stage 2: rows and a base model -> ``train/``: metrics, checkpoints, plan and the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from typing import Any
+
+from deepdoctor.data.store import PreparedData
+from deepdoctor.model.adapter import Adapter
+from deepdoctor.recipe import Recipe
+from deepdoctor.run import write_json
+from deepdoctor.session import Session
+from deepdoctor.train.loop import train
+from deepdoctor.train.plan import Plan, make_plan, peak_memory_mib
+
+__all__ = ["make_run_plan", "train_adapter"]
+
+
+def _fingerprint(recipe: Recipe, content_hash: str) -> str:
+    """Hash of everything that decides the curve; how rows are cut into micro-batches is not part of it."""
+    train_section = recipe.train.model_dump(mode="json")
+    for name in ("micro_batch_size", "micro_batch_tokens", "eval_steps", "save_steps", "keep_checkpoints"):
+        train_section.pop(name)
+    decided = {"seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "train": train_section}
+    return hashlib.sha256((json.dumps(decided, sort_keys=True) + content_hash).encode()).hexdigest()
+
+
+def make_run_plan(session: Session, data: PreparedData) -> Plan:
+    """Return the plan for the loaded base and the real row lengths."""
+    decoder = session.decoder
+    return make_plan(
+        decoder.config,
+        session.recipe.train,
+        [len(encoded.input_ids) for _, encoded in data.train],
+        device=decoder.device,
+        precision=decoder.precision,
+        compute_dtype=decoder.compute_dtype,
+    )
+
+
+def train_adapter(session: Session, data: PreparedData, resume: bool) -> Adapter:
+    """Fill ``train/`` of the run and return the trained adapter.
+
+    Writes ``plan.json``, ``metrics.jsonl``, ``checkpoints/``, ``summary.json`` and, last, ``adapter/`` (PEFT files).
+    """
+    run, recipe, reporter = session.run, session.recipe, session.reporter
+    assert run is not None
+    folder = run.path / "train"
+    if (folder / "adapter").is_dir():
+        return session.adapter
+    folder.mkdir(exist_ok=True)
+    plan = make_run_plan(session, data)
+    write_json(folder / "plan.json", plan.to_json())
+    for line in plan.lines():
+        reporter.say(f"plan: {line}")
+    adapter = session.new_adapter()
+    started = time.perf_counter()
+    with reporter.meter("train", plan.steps, "steps") as meter:
+        seen: list[dict[str, Any]] = []
+
+        def on_step(metrics: dict[str, Any], steps: int) -> None:
+            if not seen and metrics["step"] > 1:
+                meter.advance(metrics["step"] - 1)
+            seen.append(metrics)
+            if len(seen) == 2:
+                per_token = sum(m["step_ms"] for m in seen) / sum(m["tokens"] for m in seen) / 1000
+                left = per_token * plan.tokens * (steps - metrics["step"]) / steps
+                reporter.say(f"train: about {left:.0f} s left by the first two steps")
+            meter.advance(1, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s")
+
+        result = train(
+            session.decoder,
+            adapter,
+            [encoded for _, encoded in data.train],
+            recipe.train,
+            seed=recipe.seed,
+            folder=folder,
+            token_budget=plan.token_budget,
+            fingerprint=_fingerprint(recipe, data.content_hash),
+            base_model=recipe.model.id,
+            held_out=[encoded for _, encoded in data.held_out],
+            row_names=[row.place for row, _ in data.train],
+            resume=resume,
+            on_step=on_step,
+            on_held_out=lambda step, loss: reporter.say(f"train: held-out loss {loss:.3f} after step {step}"),
+        )
+    progress = result.progress
+    peak = peak_memory_mib(session.decoder.device)
+    summary = {
+        "steps": result.steps,
+        "optimizer": result.optimizer,
+        "tokens": progress.tokens,
+        "label_tokens": progress.label_tokens,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_s": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
+        "updates_applied": progress.updates_applied,
+        "predicted_peak_mib": round(plan.predicted_peak_mib),
+        "peak_mib": round(peak),
+        "token_budget": plan.token_budget,
+    }
+    write_json(folder / "summary.json", summary)
+    partial = folder / ".adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    adapter.save(partial, recipe.model.id, recipe.model.revision)
+    os.replace(partial, folder / "adapter")
+    run.book("train", time.perf_counter() - started)
+    run.update(train=summary)
+    reporter.say(
+        f"train: {progress.updates_applied}/{result.steps} updates applied, {progress.tokens:,} tokens in "
+        f"{progress.seconds:.0f} s ({progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s), peak {peak:,.0f} MiB "
+        f"(predicted {plan.predicted_peak_mib:,.0f})"
+    )
+    session.adapter = adapter
+    return adapter
