@@ -1,4 +1,4 @@
-"""CPU threads on a busy host, settled before torch starts its thread pool."""
+"""CPU threads on a busy host, settled before torch starts its threads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ __all__ = ["lost_share", "prepare_cpu"]
 
 PROBE_S = 0.3
 BUSY_SHARE = 0.10
-"""Above this share of lost time, spinning threads cost more than sleeping ones: a spinning barrier waits for a thread
-that the host has taken away (measured: steps of 2.8 s became 28 s), sleeping costs 25 % when the host is quiet."""
+"""Share of time lost to others above which threads should hardly spin."""
+QUIET_SPINS, BUSY_SPINS = 20_000, 1_000
+"""Rounds a thread of libgomp spins before it sleeps. Its own default (about a millisecond) collapses on a busy host: a
+spinning thread waits for one the host has taken away. Measured in docs/log.md: 20,000 costs nothing when the host is
+quiet; 1,000 costs half of the one-stream decoding speed then, but keeps its speed when the host is busy."""
 
 _SPIN = (
     "import time\n"
@@ -34,16 +37,15 @@ def lost_share(processes: int, seconds: float = PROBE_S) -> float:
 
 
 def prepare_cpu(say: Callable[[str], None]) -> None:
-    """Make OpenMP threads sleep instead of spin where the host takes time away; must run before torch is imported.
+    """Limit how long OpenMP threads spin, less where the host takes time away; must run before torch is imported.
 
-    Does nothing where torch is loaded, OMP_WAIT_POLICY is set, or an NVIDIA driver is there (the GPU does the work).
+    Does nothing where torch is loaded, OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, or an NVIDIA driver is there (the GPU
+    does the work).
     """
-    if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ or os.path.exists("/proc/driver/nvidia"):
+    named = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if "torch" in sys.modules or named or os.path.exists("/proc/driver/nvidia"):
         return
-    started = time.perf_counter()
     lost = lost_share(min(os.cpu_count() or 1, 4))
+    os.environ["GOMP_SPINCOUNT"] = str(BUSY_SPINS if lost > BUSY_SHARE else QUIET_SPINS)
     if lost > BUSY_SHARE:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        say(
-            f"cpu: {lost:.0%} of the processor's time is taken by others ({time.perf_counter() - started:.1f} s probe): threads sleep when they wait"
-        )
+        say(f"cpu: others take {lost:.0%} of the processor's time, so threads sleep rather than spin")

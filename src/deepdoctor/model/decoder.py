@@ -24,6 +24,7 @@ from deepdoctor.kernels.rms_norm import rms_norm
 from deepdoctor.kernels.rope import apply_rope, rope_tables
 from deepdoctor.kernels.swiglu import swiglu
 from deepdoctor.model.config import ModelConfig
+from deepdoctor.model.cpu_weights import Multiply
 
 if TYPE_CHECKING:
     from deepdoctor.model.adapter import LayerAdapter
@@ -62,6 +63,8 @@ class FrozenLinear(nn.Module):
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
         self.parts: tuple[NF4Weight | Tensor, ...] | None = None
+        self.packed: Multiply | None = None
+        """Copy for decoding on a CPU, made when first asked for (``fast_decode``)."""
 
     def dense(self) -> Tensor:
         """Return W (O, I) in the compute dtype."""
@@ -69,9 +72,7 @@ class FrozenLinear(nn.Module):
             assert self.weight is not None
             return self.weight
         parts: tuple[NF4Weight | Tensor, ...] = self.parts
-        first = parts[0]
-        device = first.packed.device if isinstance(first, NF4Weight) else first.device
-        out = torch.empty(sum(self.sizes), self.in_features, dtype=self.compute_dtype, device=device)
+        out = torch.empty(sum(self.sizes), self.in_features, dtype=self.compute_dtype, device=self.device)
         for part, start, size in zip(parts, self.starts, self.sizes, strict=True):
             if isinstance(part, NF4Weight):
                 dequantize_nf4(part, self.compute_dtype, out=out[start : start + size])
@@ -87,6 +88,15 @@ class FrozenLinear(nn.Module):
             # Through lora_linear's own backward, so that the dense copy is not kept.
             return lora_linear(x, self.dense, self.bias, x.new_empty(0, x.shape[1]), (), (), 1.0)
         return functional.linear(x, self.dense(), self.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        if self.parts is None:
+            assert self.weight is not None
+            return self.weight.device
+        parts: tuple[NF4Weight | Tensor, ...] = self.parts
+        return parts[0].packed.device if isinstance(parts[0], NF4Weight) else parts[0].device
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +177,7 @@ class Decoder(nn.Module):
         for name in ("embedding", "norm", "head"):
             self.register_buffer(name, None)
         self.layers = nn.ModuleList(DecoderLayer(config, n, compute_dtype) for n in range(config.num_layers))
+        self.packed_head: Multiply | None = None
         frequencies, self.rope_factor = config.inverse_frequencies()
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", torch.tensor(frequencies, dtype=torch.float64).float())

@@ -1,14 +1,13 @@
 """One token per slot, with as few and as small operations as possible.
 
-A decode step of a small batch is bound by reading the weights once and by the count of operations, so everything that
-does not change from token to token is prepared: block-diagonal adapters with the scale folded in, and on a CPU, for up
-to ``PACKED_SLOTS`` slots, a copy of the weights as bf16 in the layout of oneDNN's own kernels. That reads half the bytes
-of fp32; everything between the products (norms, attention, adapters, the residual stream) stays in fp32.
+A decode step of a small batch is bound by reading the weights once and by the count of operations, so what does not
+change from token to token is prepared: block-diagonal adapters with the scale folded in, and on a CPU copies of the
+weights in the layout of oneDNN's own kernels (``cpu_weights``), which read a half or an eighth of the bytes of fp32.
+Everything between those products (norms, attention, adapters, the residual stream) stays in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,36 +16,21 @@ from torch.nn import functional
 
 from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.model.adapter import Adapter
+from deepdoctor.model.cpu_weights import Multiply, packed_multiply
 from deepdoctor.model.decoder import Attend, Decoder, DecoderLayer, FrozenLinear
 
 __all__ = ["PACKED_SLOTS", "DecodeStep", "can_pack"]
 
-PACKED_SLOTS = 4
-"""Above this, fp32 products in plain layout are faster on processors where fp32 is the faster format at all."""
-
-Multiply = Callable[[Tensor], Tensor]
+PACKED_SLOTS = 24
+"""Slots up to which reading fewer bytes outweighs slower arithmetic on a processor whose fast format is fp32."""
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """Whether this base may be read as packed bf16: dense weights on a CPU, with oneDNN's bf16 kernels at hand."""
-    if decoder.device.type != "cpu" or any(linear.parts is not None for linear in _first(decoder).linears):
-        return False
-    if any(linear.bias is not None for linear in _first(decoder).linears):
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _first(decoder: Decoder) -> DecoderLayer:
-    layer = decoder.layers[0]
-    assert isinstance(layer, DecoderLayer)
-    return layer
-
-
-def _packed(weight: Tensor) -> Multiply:
-    """Return x -> x W^T in fp32, x rounded to bf16 on the way in, with W (O, I) copied into oneDNN's blocked layout."""
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous(), 1)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: multiply(x.bfloat16(), blocked, None, "none", [], "").float()
+    """Whether the base may be read through packed copies: dense weights on a CPU that has oneDNN's bf16 kernels."""
+    first = decoder.layers[0]
+    assert isinstance(first, DecoderLayer)
+    dense = all(linear.parts is None for linear in first.linears)
+    return decoder.device.type == "cpu" and dense and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Linear:
@@ -55,7 +39,8 @@ class _Linear:
     def __init__(self, linear: FrozenLinear, number: int, adapter: Adapter | None, dtype: torch.dtype, packed: bool):
         if packed:
             assert linear.weight is not None
-            self.base: Multiply = _packed(linear.weight)
+            linear.packed = linear.packed or packed_multiply(linear.weight, linear.bias)
+            self.base: Multiply = linear.packed
         elif linear.parts is None:
             weight, bias = linear.dense(), linear.bias
             self.base = lambda x: functional.linear(x, weight, bias)
@@ -68,7 +53,7 @@ class _Linear:
         present = [(key, start) for key, start in zip(keys, linear.starts, strict=True) if key in adapter.a]
         self.a = torch.cat([adapter.a[key].detach() for key, _ in present]).to(dtype)
         rank = adapter.settings.rank
-        b = torch.zeros(rank * len(present), sum(linear.sizes), device=linear_device(linear))
+        b = torch.zeros(rank * len(present), sum(linear.sizes), device=linear.device)
         for at, (key, start) in enumerate(present):
             block = adapter.b[key].detach() * adapter.settings.scale
             b[at * rank : (at + 1) * rank, start : start + block.shape[0]] = block.T
@@ -80,15 +65,6 @@ class _Linear:
             u = functional.linear(x, self.a)
             y.addmm_(u if mask is None else u.mul_(mask), self.b)
         return y
-
-
-def linear_device(linear: FrozenLinear) -> torch.device:
-    """Device of a frozen matrix, dense or in parts."""
-    if linear.weight is not None:
-        return linear.weight.device
-    assert linear.parts is not None
-    part = linear.parts[0]
-    return part.device if isinstance(part, Tensor) else part.packed.device
 
 
 @dataclass(frozen=True)
@@ -106,7 +82,7 @@ class _Layer:
 class DecodeStep:
     """The decoder for one new token per slot.
 
-    packed: read the weights as packed bf16 (see ``can_pack``), whatever the decoder's own dtype.
+    packed: read the weights through ``cpu_weights`` (see ``can_pack``), whatever the decoder's own dtype.
     """
 
     def __init__(self, decoder: Decoder, adapter: Adapter | None, packed: bool = False):
@@ -122,7 +98,10 @@ class DecodeStep:
             self.layers.append(_Layer(*linears, *(None if n is None else n.to(self.dtype) for n in norms)))  # type: ignore[arg-type]
         self.norm = decoder.norm.to(self.dtype)
         head = decoder.head
-        self.head: Multiply = _packed(head) if packed else lambda x: functional.linear(x, head)
+        self.head: Multiply = lambda x: functional.linear(x, head)
+        if packed:
+            decoder.packed_head = decoder.packed_head or packed_multiply(head)
+            self.head = decoder.packed_head
 
     def _rope(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Factors (n, N + 2K, H) so that ``qkv * cos + roll(qkv, H / 2) * sin`` rotates q and k and leaves v alone."""
