@@ -13,7 +13,7 @@ from rich.text import Text
 
 from deepdoctor.compare.answers import Item, answer_items
 from deepdoctor.model.generate import Generator
-from deepdoctor.run import RunFolder
+from deepdoctor.run_folder import RunFolder
 from deepdoctor.session import Session
 
 __all__ = ["ask", "ask_and_keep", "print_answers"]
@@ -24,7 +24,7 @@ def ask(session: Session, questions: Sequence[str], sides: Sequence[str]) -> lis
     section = session.recipe.ask
     adapter = session.adapter if "tuned" in sides else None
     sampling = session.sampling(section, session.recipe.seed)
-    generator = Generator(session.decoder, adapter, session.prompt.stop_ids, section.batch_size)
+    generator = Generator(session.decoder, adapter, session.prompt.stop_ids, section.batch_size, session.reduced)
     items = [Item("ask", f"q{number}", question) for number, question in enumerate(questions, 1)]
     total = len(items) * len(sides) * sampling.max_new_tokens
     with session.reporter.meter("ask", total, "tokens at most") as meter:
@@ -35,7 +35,7 @@ def ask_and_keep(session: Session, run: RunFolder, name: str, sides: Sequence[st
     """Ask the recipe's questions once and keep the answers in ``ask/<name>.jsonl``."""
     path = run.path / "ask" / f"{name}.jsonl"
     if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     records = ask(session, session.recipe.ask.questions, sides)
     _write_lines(path, records)
     return records

@@ -25,6 +25,7 @@ app = App(
     name="deepdoctor",
     help="Fine-tune an open reasoning model into a medical specialist on one GPU, and measure whether it got better.",
     version=lambda: __import__("deepdoctor").__version__,
+    suppress_keyboard_interrupt=False,
 )
 for _name, _help in _COMMANDS.items():
     # By name, so that `deepdoctor --help` imports none of it.

@@ -55,11 +55,13 @@ Fields = Annotated[
 
 
 def _overrides(fields: BaseModel | None) -> dict[str, Any]:
-    """The values given on the command line, nested; the word null clears a field."""
+    """The values given on the command line, nested; the word null clears a field, or empties a list."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [] if value == ["null"] else value
         return None if value == "null" else value
 
     return plain(fields.model_dump(exclude_unset=True)) if fields is not None else {}
@@ -236,7 +238,9 @@ def ask_command(
     if sides is None:
         raise UsageError(f"--side is {side!r}, expected both, base or tuned")
     if not question.strip():
-        raise UsageError("the question is empty")
+        raise UsageError("the question is empty", 'write it in quotes: `deepdoctor ask "What is ...?"`')
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}, expected at least 1")
     if run is None:
         found = sorted(Path("runs").glob("*/train/adapter"), key=lambda p: p.stat().st_mtime)
         if not found:
@@ -247,12 +251,12 @@ def ask_command(
     reporter = _reporter()
     prepare_cpu(reporter.say)
     from deepdoctor.ask import ask, print_answers
-    from deepdoctor.run import RunFolder
+    from deepdoctor.run_folder import RunFolder
     from deepdoctor.session import Session
 
     folder = RunFolder.open(run)
     recipe = folder.recipe
-    if max_new_tokens:
+    if max_new_tokens is not None:
         recipe = load_recipe(recipe, {"ask": {"max_new_tokens": max_new_tokens}}, {})
     records = ask(Session(recipe, folder, reporter), [question], sides)
     if json:

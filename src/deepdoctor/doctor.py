@@ -62,15 +62,14 @@ def _torch() -> list[dict[str, Any]]:
         properties = torch.cuda.get_device_properties(0)
         capability = torch.cuda.get_device_capability(0)
         formats = "bf16" if capability >= (8, 0) else "fp16 only: no bf16 arithmetic"
-        found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability[0]}.{capability[1]}, {formats}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        found = f"{properties.name}, {memory}, capability {capability[0]}.{capability[1]}, {formats}"
         return [*checks, _check("gpu", "ok", found)]
     if os.path.exists("/proc/driver/nvidia"):
         remedy = "install a CUDA build of torch that fits the driver"
         return [*checks, _check("gpu", "bad", "an NVIDIA driver is there, but torch sees no GPU", remedy)]
     from deepdoctor.model.precision import cpu_matmul_gflops
 
-    speeds = ", ".join(
-        f"{name} {cpu_matmul_gflops(dtype):.0f}" for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    )
+    speeds = ", ".join(f"{str(d).removeprefix('torch.')} {speed:.0f}" for d, speed in cpu_matmul_gflops().items())
     found = f"none; CPU products run at {speeds} GFLOP/s on {torch.get_num_threads()} threads"
     return [*checks, _check("gpu", "note", found, "fine for the demo; an 8B model needs a GPU")]

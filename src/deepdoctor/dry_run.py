@@ -1,4 +1,4 @@
-"""A plan without weights, rows or network: from the model's published shape and, where they are local, the real rows."""
+"""A plan without weights or network: from the model's published shape and, where they are local, the real rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASSUMED_LENGTHS = (540, 620, 670, 740, 880, 1050)
 def parse_size(text: str) -> float:
     """``15GiB``, ``15G``, ``16384MiB`` -> MiB. Raises UsageError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|G|GB|MiB|M|MB)?\s*", text, re.IGNORECASE)
-    if not match:
+    if not match or not float(match[1]):
         raise UsageError(f"--vram is {text!r}, expected a size such as 15GiB")
     unit = (match[2] or "GiB").lower()
     return float(match[1]) * {"g": 1024, "gib": 1024, "gb": 1e9 / 2**20, "m": 1, "mib": 1, "mb": 1e6 / 2**20}[unit]
@@ -84,7 +84,7 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
         notes.append(note)
     has_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
     if vram is not None or (recipe.model.device == "cuda" and not has_gpu):
-        device, memory = torch.device("cuda"), parse_size(vram or "80GiB")
+        device, memory = torch.device("cuda"), parse_size("80GiB" if vram is None else vram)
         notes.append(
             f"planned for a GPU with {memory / 1024:,.0f} GiB" + ("" if has_gpu else "; this machine has none")
         )

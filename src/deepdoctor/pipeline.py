@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from deepdoctor.ask import ask_and_keep
-from deepdoctor.compare.stage import compare_sides
+from deepdoctor.compare.stage import compare_sides, read_tasks
 from deepdoctor.data.stage import prepare_data
 from deepdoctor.errors import RunError
 from deepdoctor.export.stage import export_model
 from deepdoctor.recipe import Recipe, load_recipe
-from deepdoctor.run import RunFolder
+from deepdoctor.run_folder import RunFolder
 from deepdoctor.session import Session
 from deepdoctor.train.stage import train_adapter
 from deepdoctor.ui import Reporter, SilentReporter
@@ -56,16 +56,19 @@ def run(
     show_rows: print that many rows with their loss mask. Raises DeepDoctorError for anything a user can mend.
     """
     recipe = load_recipe(recipe)
+    _refuse_gaps(Path(recipe.runs_dir) / recipe.name, stages)
     folder = RunFolder.create(recipe, resume)
     session = Session(recipe, folder, reporter or SilentReporter())
     result = RunResult(folder.path)
-    _refuse_gaps(folder, stages)
-    session.prompt  # noqa: B018  a wrong model or template stops here, before any work
+    session.prompt  # noqa: B018  a wrong model, template or task stops here, before any work
+    if "compare" in stages and not folder.done("compare"):
+        read_tasks(recipe.compare, recipe.seed)
     data = prepare_data(session, show_rows)
     if "train" in stages:
         if recipe.ask.questions:
             ask_and_keep(session, folder, "before", ("base",))
-        train_adapter(session, data, resume)
+        if not folder.done("train/adapter"):
+            train_adapter(session, data, resume)
         if recipe.ask.questions:
             result.answers = ask_and_keep(session, folder, "after", ("base", "tuned"))
     if "compare" in stages:
@@ -77,15 +80,15 @@ def run(
     return result
 
 
-def _refuse_gaps(folder: RunFolder, stages: Sequence[str]) -> None:
-    """A stage that runs alone needs the ones before it."""
+def _refuse_gaps(folder: Path, stages: Sequence[str]) -> None:
+    """A stage that runs alone needs the ones before it; raise RunError where they are missing, and make nothing."""
     needs = {"train": ("data",), "compare": ("data", "train/adapter"), "export": ("data", "train/adapter")}
     made = set(stages)
     for stage in stages:
         for need in needs.get(stage, ()):
-            if need.split("/")[0] not in made and not folder.done(need):
+            if need.split("/")[0] not in made and not (folder / need).is_dir():
                 command = need.split("/")[0]
                 raise RunError(
-                    f"{folder.path} has no complete {command} stage, which {stage} starts from",
+                    f"{folder} has no complete {command} stage, which {stage} starts from",
                     f"run `deepdoctor {command} RECIPE` first, or `deepdoctor run RECIPE` for all",
                 )

@@ -50,7 +50,7 @@ ENV_PREFIX = "DD_"
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, docstrings become the schema's descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
@@ -89,7 +89,8 @@ class DataSection(Section):
     max_rows: PositiveInt | None = None
     """Take only the first N rows of the source (null: all)."""
     held_out: NonNegativeInt | NonNegativeFloat = Field(default=0.05, union_mode="left_to_right")
-    """Rows kept out of training: a count (16) or a share (0.05). Chosen by content hash, so a row never changes sides."""
+    """Rows kept out of training: a count (16) or a share (0.05). A hash of the question decides, so a share never
+    moves a row across."""
     template: str = "native"
     """``native`` (the model's own chat format), ``tutorial`` (instruction format), or the path of a Jinja file."""
     system: str | None = None
@@ -270,16 +271,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _lines(node: yaml.Node, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Map each key path of a YAML mapping to its 1-based line."""
+def _lines(node: yaml.Node, file: Path, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Map each key path of a YAML mapping to its 1-based line. Raises RecipeError for a key written twice."""
     found: dict[tuple[str, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*prefix, str(key.value))
             if path in found:
-                raise RecipeError(f"{'.'.join(path)} is written twice, in lines {found[path]} and {_line(key)}")
+                raise RecipeError(
+                    f"{'.'.join(path)} is written twice ({file}, lines {found[path]} and {_line(key)})",
+                    "keep the one you mean",
+                )
             found[path] = _line(key)
-            found.update(_lines(value, path))
+            found.update(_lines(value, file, path))
     return found
 
 
@@ -302,11 +306,14 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], 
             f"{path.parent} has {', '.join(near)}" if near else "write one: `deepdoctor schema` lists every field",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise RecipeError(
+            f"recipe file {path} cannot be read: {why}", "give a YAML file such as those in recipes/"
+        ) from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(
@@ -314,10 +321,12 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], 
             "write one `key: value` a line, nested by two spaces",
         ) from None
     if not isinstance(values, dict) or node is None:
+        kind = "empty" if values is None else "a list" if isinstance(values, list) else "plain text"
         raise RecipeError(
-            f"{path} must be a mapping of sections (model, data, train, ...), not {type(values).__name__}"
+            f"{path} is {kind}, expected sections such as model, data and train",
+            "start from one of recipes/, or see `deepdoctor schema`",
         )
-    return values, _lines(node)
+    return values, _lines(node, path)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,13 +340,24 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """``DD_TRAIN__MAX_STEPS=20`` -> ``{"train": {"max_steps": 20}}``; values are read as YAML."""
+    """``DD_TRAIN__MAX_STEPS=20`` -> ``{"train": {"max_steps": "20"}}``.
+
+    Values stay text, as on the command line; ``null`` clears a field and ``[a, b]`` is a list. Names without ``__``
+    that are no field of the recipe belong to other programs (Datadog sets DD_API_KEY) and are left alone.
+    """
     values: dict[str, Any] = {}
     for name in sorted(environ):
-        if not name.startswith(ENV_PREFIX):
-            continue
         path = name.removeprefix(ENV_PREFIX).lower().split("__")
-        leaf: Any = yaml.load(environ[name], Loader=_Loader)
+        if not name.startswith(ENV_PREFIX) or (len(path) == 1 and path[0] not in Recipe.model_fields):
+            continue
+        leaf: Any = environ[name]
+        if leaf == "null" or leaf.startswith("["):
+            try:
+                leaf = yaml.load(leaf, Loader=_Loader)
+            except yaml.YAMLError:
+                raise RecipeError(
+                    f"{'.'.join(path)} is {leaf!r}: expected a list (environment: {name})", "write [one, two]"
+                ) from None
         for key in reversed(path):
             leaf = {key: leaf}
         values = _merge(values, leaf)
@@ -357,9 +377,45 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
     return keys
 
 
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "literal_error": "{expected}",
+    "model_type": "keys and values, nested by two spaces",
+    "string_type": "text",
+    "tuple_type": "a list, e.g. [one, two]",
+}
+"""What a field wants, by pydantic's name of the complaint."""
+
+
+def _key_path(error: Mapping[str, Any]) -> tuple[str, ...]:
+    """The recipe key of a pydantic error: entries of a list count, branches of a union (held_out) do not."""
+    path: list[str] = []
+    section: Any = Recipe
+    for part in map(str, error["loc"]):
+        fields = section.model_fields if isinstance(section, type) and issubclass(section, Section) else None
+        if fields is None and not part.isdigit():
+            break
+        path.append(part)
+        section = fields[part].annotation if fields and part in fields else None
+    return tuple(path)
+
+
 def _describe(error: Mapping[str, Any], place: str) -> RecipeError:
     """Turn one pydantic error into a sentence with key, place, value and expectation."""
-    path = [str(p) for p in error["loc"] if not str(p).startswith("function-") and p not in ("int", "float")]
+    path = _key_path(error)
     key = ".".join(path) or "recipe"
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -371,15 +427,18 @@ def _describe(error: Mapping[str, Any], place: str) -> RecipeError:
         hint = f"did you mean `{near[0]}`?" if near else "`deepdoctor schema` lists every key"
         return RecipeError(f"{key} is not a recipe key ({place})", hint)
     if kind == "missing":
-        return RecipeError(
-            f"{key} is missing ({place})", f"add `{path[-1]}:` under `{'.'.join(path[:-1]) or 'top level'}`"
-        )
-    message = error["msg"].removeprefix("Value error, ")
+        under = f" under `{'.'.join(path[:-1])}:`" if path[:-1] else " at the top level"
+        return RecipeError(f"{key} is missing ({place})", f"add `{path[-1]}:`{under}")
     value = error.get("input")
-    shown = "" if isinstance(value, dict) else f" is {value!r}:"
+    shown = ":" if isinstance(value, dict) else f" is {'null' if value is None else repr(value)}:"
+    if kind in _EXPECTED:
+        message = "expected " + _EXPECTED[kind].format(**error.get("ctx", {}))
+        if key == "data.held_out" and kind != "greater_than_equal":
+            message = "expected a count (16) or a share below 1 (0.05)"
+    else:
+        message = error["msg"].removeprefix("Value error, ")
     return RecipeError(
-        f"{key}{shown or ':'} {message[:1].lower() + message[1:]} ({place})",
-        "`deepdoctor schema` gives types and ranges",
+        f"{key}{shown} {message[:1].lower() + message[1:]} ({place})", "`deepdoctor schema` gives types and ranges"
     )
 
 
@@ -409,11 +468,13 @@ def load_recipe(
         return Recipe.model_validate(_merge(_merge(values, from_env), overrides))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = tuple(str(p) for p in first["loc"])
-        if _has(overrides, path):
-            place = "command line: --" + ".".join(path)
-        elif _has(from_env, path):
-            place = "environment: " + ENV_PREFIX + "__".join(path).upper()
+        path = _key_path(first)
+        # A list is given as a whole, so its entries have the place of the list.
+        given = tuple(part for part in path if not part.isdigit())
+        if _has(overrides, given):
+            place = "command line: --" + ".".join(given)
+        elif _has(from_env, given):
+            place = "environment: " + ENV_PREFIX + "__".join(given).upper()
         else:
             line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
             place = f"{where}, line {line}" if line else where

@@ -1,4 +1,4 @@
-"""What the stages of one run share: tokenizer, prompt, base weights and adapter, each loaded once, when first needed."""
+"""What the stages of one run share: tokenizer, prompt, base weights and adapter, each loaded once, when needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepdoctor.model.generate import Sampling
 from deepdoctor.model.load import choose_device, load_decoder, load_tokenizer, resolve_model
 from deepdoctor.model.tokenizer import Tokenizer
 from deepdoctor.recipe import Recipe, SamplingSection
-from deepdoctor.run import RunFolder
+from deepdoctor.run_folder import RunFolder
 from deepdoctor.ui import Reporter
 
 __all__ = ["Session"]
@@ -70,6 +70,11 @@ class Session:
             f"computed in {dtype} on {decoder.device} ({decoder.nbytes / 2**20:,.0f} MiB, {seconds:.1f} s)"
         )
         return decoder
+
+    @property
+    def reduced(self) -> bool:
+        """Whether a CPU may decode from bf16 or 4-bit copies: only where the recipe leaves the format to us."""
+        return self.recipe.model.precision == "auto"
 
     def new_adapter(self) -> Adapter:
         """Return a fresh adapter that starts as the base."""

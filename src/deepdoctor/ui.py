@@ -28,8 +28,8 @@ class Reporter:
         self.console = console or Console(stderr=True, highlight=False)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print one line."""
-        self.console.print(text, style=style, markup=False)
+        """Print one line, never broken: paths stay whole where stderr is a file."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     @contextmanager
     def meter(self, what: str, total: float, unit: str) -> Iterator[Meter]:
@@ -79,10 +79,9 @@ class _Lines(Meter):
         if now - self.printed < self.reporter.line_every_s and self.done < self.total:
             return
         self.printed = now
-        left = (now - self.started) / self.done * (self.total - self.done) if self.done else 0.0
-        self.reporter.say(
-            f"{self.what}: {self.done:g}/{self.total:g} {self.unit}, {now - self.started:.0f} s, {left:.0f} s left  {note}".rstrip()
-        )
+        left = (now - self.started) / self.done * max(self.total - self.done, 0) if self.done else 0.0
+        count = f"{self.what}: {self.done:g}/{self.total:g} {self.unit}"
+        self.reporter.say(f"{count}, {now - self.started:.0f} s, {left:.0f} s left  {note}".rstrip())
 
 
 class SilentReporter(Reporter):

@@ -12,14 +12,15 @@ from deepdoctor.compare.extract import RULE_VERSION
 from deepdoctor.compare.loss import compare_losses
 from deepdoctor.compare.report import summarise_task, write_report
 from deepdoctor.data.questions import load_questions
+from deepdoctor.data.rows import Question
 from deepdoctor.data.store import PreparedData
-from deepdoctor.errors import DataError
 from deepdoctor.model.generate import Generator
-from deepdoctor.run import write_json
+from deepdoctor.recipe import CompareSection
+from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 from deepdoctor.train.held_out import held_out_losses
 
-__all__ = ["compare_sides"]
+__all__ = ["compare_sides", "read_tasks"]
 
 LOSS_TOKENS = 4096
 """Packed tokens at once when only losses are wanted; nothing is kept for a backward pass."""
@@ -30,9 +31,14 @@ def _items(session: Session, data: PreparedData) -> list[Item]:
     section, seed = session.recipe.compare, session.recipe.seed
     rows = [row for row, _ in data.held_out][: section.held_out_questions]
     items = items_of_rows(rows)
-    for source in section.tasks:
-        items += items_of_questions(load_questions(source, section.max_questions, seed))
+    for questions in read_tasks(section, seed):
+        items += items_of_questions(questions)
     return items
+
+
+def read_tasks(section: CompareSection, seed: int) -> list[list[Question]]:
+    """Read every task of the recipe. Raises DataError for questions that cannot be used."""
+    return [load_questions(source, section.max_questions, seed) for source in section.tasks]
 
 
 def _losses(session: Session, data: PreparedData) -> dict[str, Any]:
@@ -51,7 +57,9 @@ def _answers(session: Session, items: Sequence[Item], path: Any) -> list[dict[st
     """Ask both sides, writing each record as it is finished."""
     section = session.recipe.compare
     sampling = session.sampling(section, session.recipe.seed)
-    generator = Generator(session.decoder, session.adapter, session.prompt.stop_ids, section.batch_size)
+    generator = Generator(
+        session.decoder, session.adapter, session.prompt.stop_ids, section.batch_size, session.reduced
+    )
     with (
         path.open("w", encoding="utf-8") as sink,
         session.reporter.meter("compare", 2 * len(items), "answers") as meter,
@@ -72,17 +80,17 @@ def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
     """Fill ``compare/`` of the run and return what ``stats.json`` holds.
 
     Writes ``answers.jsonl`` (one record per question and side), ``stats.json``, ``report.html`` and ``report.md``.
-    Raises DataError where there is nothing to compare on.
+    Where the recipe asks for no loss, no held-out question and no task, the report says that nothing was measured.
     """
     run, recipe = session.run, session.recipe
     assert run is not None
     if run.done("compare"):
         return json.loads((run.path / "compare" / "stats.json").read_text(encoding="utf-8"))
     items = _items(session, data)
-    if not items and not data.held_out:
-        raise DataError(
-            "there is nothing to compare on: no held-out rows and no tasks",
-            "set `--data.held_out 0.05` or `--compare.tasks embedded:questions`",
+    if not items and not (data.held_out and recipe.compare.held_out_loss):
+        session.reporter.say(
+            "compare: nothing to measure: no held-out rows and no tasks; `--data.held_out 0.05` or "
+            "`--compare.tasks embedded:questions` would give something"
         )
     with run.stage("compare") as folder:
         losses = _losses(session, data)

@@ -40,6 +40,7 @@ REMEDIES = {
     "missing_image": "`--data.missing_image keep` trains on them all the same",
     "duplicate": "`--data.duplicates keep` trains on the copies too",
 }
+MOST_FINDINGS = 20  # named where no row is left
 FIELDS = ("question", "reasoning", "answer")
 THINK_TAG = r"</?\s*(?i:think)\s*>"
 
@@ -302,9 +303,15 @@ def _longer(tokens: int) -> str:
 def _nothing_left(rows: int, section: DataSection, findings: Sequence[Finding], longest: int) -> DataError:
     reasons = Counter(finding.code for finding in findings if finding.action == "dropped").most_common()
     said = ", ".join(f"{count:,} {code} ({MEANINGS[code]})" for code, count in reasons)
+    shown = [f"\n  {f.place}: {f.code}: {f.detail}" for f in findings[:MOST_FINDINGS]]
+    if len(findings) > MOST_FINDINGS:
+        shown.append(f"\n  and {len(findings) - MOST_FINDINGS:,} more")
     first = reasons[0][0] if reasons else ""
     remedy = f"set `--data.max_seq_len {longest}`" if first == "too_long" else REMEDIES.get(first)
-    return DataError(f"none of the {rows:,} rows of {section.source} can be used: {said or 'there are none'}", remedy)
+    return DataError(
+        f"none of the {rows:,} rows of {section.source} can be used: {said or 'there are none'}" + "".join(shown),
+        remedy,
+    )
 
 
 def _short(text: str, limit: int = 80) -> str:

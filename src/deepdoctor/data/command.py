@@ -8,7 +8,7 @@ from typing import Any
 
 from deepdoctor.data.stage import prepare_data, read_and_check
 from deepdoctor.recipe import load_recipe
-from deepdoctor.run import RunFolder
+from deepdoctor.run_folder import RunFolder
 from deepdoctor.session import Session
 from deepdoctor.ui import Reporter
 

@@ -28,6 +28,8 @@ _MARKS = {"r1": "<｜User｜>", "chatml": "<|im_start|>", "llama3": "<|start_hea
 """A token that only tokenizers of that chat format have."""
 _END_OF_TURN = {"r1": None, "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "tutorial": None}
 """What ends an answer; None: the tokenizer's own EOS."""
+_SYSTEM_PROBE = "3f1c9a-system-probe"
+"""A text no template has, to see whether a system message is rendered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class Prompt:
         self.train_on = train_on
         self.name = native_template(tokenizer) if template == "native" else template
         self.chat_template = _template_text(self.name)
+        if "adds_bos" in self.chat_template and not tokenizer.adds_bos:
+            # Written into the text, so that the exported tokenizer renders without it too.
+            self.chat_template = "{%- set adds_bos = false -%}\n" + self.chat_template
         self._render = _compile(self.chat_template, self.name)
         end = _END_OF_TURN.get(self.name)
         end_id = tokenizer.token_to_id(end) if end else tokenizer.eos_id
@@ -86,7 +91,7 @@ class Prompt:
         """Between </think> and the answer; the tutorial's template has one line break."""
         first = self.tokenizer.encode(probe)[:1]
         self.bos_id = tokenizer.bos_id if first == [tokenizer.bos_id] else None
-        if system is not None and system not in probe:
+        if system is not None and _SYSTEM_PROBE not in self._fill("x", _SYSTEM_PROBE):
             raise UsageError(
                 f"data.system is set, but template {self.name} has no place for a system message",
                 "leave data.system out, or use a template that renders it",
@@ -100,15 +105,17 @@ class Prompt:
 
     def text(self, question: str) -> str:
         """Return the prompt as text, up to where the model writes."""
-        messages = [{"role": "user", "content": question.strip()}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
+        return self._fill(question.strip(), self.system)
+
+    def _fill(self, question: str, system: str | None) -> str:
+        messages = [{"role": "user", "content": question}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         return self._render(
             messages=messages,
             add_generation_prompt=True,
             bos_token=self.tokenizer.token(self.tokenizer.bos_id) if self.tokenizer.bos_id is not None else "",
             eos_token=self.tokenizer.token(self.tokenizer.eos_id),
-            adds_bos=self.tokenizer.adds_bos,
         )
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -143,9 +150,10 @@ def _template_text(name: str) -> str:
     path = Path(name).expanduser()
     try:
         return path.read_text(encoding="utf-8").rstrip("\n")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(
-            f"data.template {name!r} is neither `native` nor `tutorial` nor a readable file ({error.strerror})",
+            f"data.template {name!r} is neither `native` nor `tutorial` nor a readable file ({reason})",
             "give the path of a Jinja file that renders `messages` up to where the model writes",
         ) from None
 
@@ -155,7 +163,9 @@ def _compile(text: str, name: str) -> Any:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -169,7 +179,7 @@ def _compile(text: str, name: str) -> Any:
     def render(**values: Any) -> str:
         try:
             return template.render(**values)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way
             raise UsageError(
                 f"template {name} fails: {error}", "it gets `messages` and `add_generation_prompt`"
             ) from None

@@ -29,7 +29,7 @@ class Row:
 
     @property
     def question_hash(self) -> str:
-        """SHA-256 (hex) of the question, case and spacing aside; decides the split, so that no question is on both sides."""
+        """SHA-256 (hex) of the question, case and spacing aside; decides the split: no question is on both sides."""
         return _sha256(" ".join(self.question.casefold().split()))
 
 

@@ -238,7 +238,7 @@ def _raise_hub_error(error: Exception, wanted: str) -> NoReturn:
     if "doesn't exist" in text or re.search(r"\b40[13]\b|gated", text):
         raise HubError(
             f"{wanted} is not on the Hub, or needs a token: {_first_line(error)}",
-            f"check the spelling and revision, run `deepdoctor login` where the set is private or gated, or {local}",
+            f"check the spelling and revision, set HF_TOKEN where the set is private or gated, or {local}",
         ) from error
     raise HubError(
         f"{wanted} cannot be read from the Hub: {_first_line(error)}",

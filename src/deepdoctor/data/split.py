@@ -45,7 +45,7 @@ def _number(seed: int, row: Row) -> float:
 
 
 def _limit_for_count(numbers: Sequence[float], count: int) -> float:
-    """Return the smallest limit with at least count numbers below it; rows with the same question have equal numbers."""
+    """Return the smallest limit with at least count numbers below it; equal questions have equal numbers."""
     below = 0
     for number, equal in groupby(sorted(numbers)):
         if below >= count:

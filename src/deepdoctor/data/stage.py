@@ -7,7 +7,7 @@ from deepdoctor.data.show import show_rows
 from deepdoctor.data.sources import load_rows
 from deepdoctor.data.split import split_rows
 from deepdoctor.data.store import PreparedData, load_prepared, save_prepared
-from deepdoctor.run import write_json
+from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 
 __all__ = ["prepare_data", "read_and_check"]

@@ -72,21 +72,21 @@ def load_prepared(folder: Path, prompt_fingerprint: str) -> PreparedData:
     """Read back what ``save_prepared`` wrote. Raises RunError where it is broken or was encoded with another prompt."""
     try:
         tensors = load_file(folder / "tokens.safetensors")
-        lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
         recorded = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["content_hash"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        sides: dict[str, Pairs] = {"train": [], "held_out": []}
+        ids, labels = tensors["input_ids"].tolist(), tensors["labels"].tolist()
+        at = 0
+        for line, (length, *spans) in zip(lines, tensors["spans"].tolist(), strict=True):
+            row = Row(line["index"], line["place"], line["question"], line["reasoning"], line["answer"])
+            end = at + length
+            encoded = EncodedRow(ids[at:end], labels[at:end], (spans[0], spans[1]), (spans[2], spans[3]))
+            sides[line["side"]].append((row, encoded))
+            at = end
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(
             f"{folder} cannot be read: {error}", "delete this folder and run `deepdoctor data RECIPE`"
         ) from None
-    sides: dict[str, Pairs] = {"train": [], "held_out": []}
-    ids, labels = tensors["input_ids"].tolist(), tensors["labels"].tolist()
-    at = 0
-    for line, (length, *spans) in zip(lines, tensors["spans"].tolist(), strict=True):
-        row = Row(line["index"], line["place"], line["question"], line["reasoning"], line["answer"])
-        end = at + length
-        encoded = EncodedRow(ids[at:end], labels[at:end], (spans[0], spans[1]), (spans[2], spans[3]))
-        sides[line["side"]].append((row, encoded))
-        at = end
     content_hash = _content_hash((sides["train"], sides["held_out"]), prompt_fingerprint)
     if content_hash != recorded:
         raise RunError(

@@ -40,8 +40,8 @@ def write_card(folder: Path, kind: str, manifest: dict[str, Any], parity: dict[s
             )
     if parity:
         lines.append(
-            f"- merged against base + adapter: logits differ by {parity['logit_difference']:.4f} (root mean square; the "
-            f"adapter itself moves them by {parity['adapter_effect']:.2f}), greedy agreement "
+            f"- merged against base + adapter: logits differ by {parity['logit_difference']:.4f} (root mean square; "
+            f"the adapter itself moves them by {parity['adapter_effect']:.2f}), greedy agreement "
             f"{parity['greedy_agreement']:.1%} of {parity['positions']} positions"
         )
     lines += ["", "```python", _LOAD[kind], "```", ""]

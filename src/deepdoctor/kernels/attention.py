@@ -28,11 +28,12 @@ def attend_packed(qkv: Tensor, key_heads: int, row_lengths: Sequence[int]) -> Te
 
     Raises KernelInputError where the lengths or heads do not fit.
     """
-    heads = qkv.shape[1] - 2 * key_heads
-    if sum(row_lengths) != qkv.shape[0] or heads < 1 or heads % key_heads:
+    heads = qkv.shape[1] - 2 * key_heads if qkv.dim() == 3 else 0
+    fits = heads >= 1 and key_heads >= 1 and heads % key_heads == 0
+    if not fits or sum(row_lengths) != qkv.shape[0] or min(row_lengths, default=0) < 0:
         raise KernelInputError(
-            f"attend_packed: qkv {tuple(qkv.shape)}, {key_heads} key heads, rows {list(row_lengths)[:8]} do not fit: rows "
-            "must add up to T, query heads be a multiple of key heads"
+            f"attend_packed: qkv {tuple(qkv.shape)}, {key_heads} key heads, rows {list(row_lengths)[:8]} do not fit: "
+            "rows must add up to T, query heads be a multiple of key heads"
         )
     rows = []
     for row in qkv.split(list(row_lengths)):

@@ -67,8 +67,15 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         )
     if h.dtype != weight.dtype or labels.dtype != torch.int64:
         raise KernelInputError(
-            f"linear_cross_entropy: h {h.dtype}, weight {weight.dtype}, labels {labels.dtype}; expected one float dtype and int64"
+            f"linear_cross_entropy: h {h.dtype}, weight {weight.dtype}, labels {labels.dtype}; "
+            "expected one float dtype and int64"
         )
+    # On a GPU the check would wait for the device; gather's own assertion speaks there.
+    if labels.device.type == "cpu" and labels.numel():
+        least, most = (int(bound) for bound in labels.aminmax())
+        if least < 0 or most >= weight.shape[0]:
+            wrong = least if least < 0 else most
+            raise KernelInputError(f"linear_cross_entropy: a label is {wrong}; expected 0 to {weight.shape[0] - 1}")
     if torch.is_grad_enabled() and h.requires_grad:
         return _LinearCrossEntropy.apply(h, weight, labels)
     return _chunks(h, weight, labels, want_grad=False)[0]

@@ -95,8 +95,9 @@ def lora_linear(
     """
     if sum(b.shape[1] for b in bs) != a.shape[0] or a.shape[1] != x.shape[-1] or len(bs) != len(blocks):
         raise KernelInputError(
-            f"lora_linear: x {tuple(x.shape)}, a {tuple(a.shape)}, bs {[tuple(b.shape) for b in bs]}, blocks {list(blocks)} do not fit"
+            f"lora_linear: x {tuple(x.shape)}, a {tuple(a.shape)}, bs {[tuple(b.shape) for b in bs]}, "
+            f"blocks {list(blocks)} do not fit"
         )
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, *bs)):
         return _LoraLinear.apply(x, dense, bias, a, tuple(blocks), scale, *bs)
     return _forward(x, dense(), bias, a, bs, blocks, scale)[0]

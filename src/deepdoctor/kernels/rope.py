@@ -62,6 +62,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, rotated: int | None = None) 
             "expected (T, N, H) and twice (T, H/2)"
         )
     rotated = x.shape[1] if rotated is None else rotated
+    if not 0 <= rotated <= x.shape[1]:
+        raise KernelInputError(f"apply_rope: rotated is {rotated}, expected 0 to {x.shape[1]} heads")
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rope.apply(x, cos, sin, rotated)
     return _rotate(x, cos, sin, rotated)

@@ -38,6 +38,20 @@ _GROUPS = {
 }
 
 
+_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Rank, alpha, dropout, scaling rule and the adapted projections."""
@@ -64,9 +78,10 @@ class RowSwitch:
 class _Block:
     """Adapters of the projections of one frozen linear, ready for use in the compute dtype."""
 
-    def __init__(self, pairs: Sequence[tuple[int, Tensor, Tensor]], settings: LoraSettings, switch: RowSwitch):
+    def __init__(self, pairs: Sequence[tuple[int, Tensor, Tensor]], scale: float, dropout: float, switch: RowSwitch):
         self.pairs = pairs
-        self.settings = settings
+        self.scale = scale
+        self.dropout = dropout
         self.switch = switch
         self.starts = [start for start, _, _ in pairs]
         self.a = torch.cat([a for _, a, _ in pairs]) if len(pairs) > 1 else pairs[0][1]
@@ -74,7 +89,7 @@ class _Block:
 
     def apply(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (T, I) -> (T, O), the adapters added; tokens switched off get exactly the base's output."""
-        scale, dropout = self.settings.scale, self.settings.dropout
+        scale, dropout = self.scale, self.dropout
         if dropout and torch.is_grad_enabled():
             return self._with_dropout(x, linear, scale, dropout)
         if self.switch.mask is None:
@@ -128,7 +143,7 @@ def projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 class Adapter(nn.Module):
-    """All A and B matrices in fp32. A starts uniform in +-1/sqrt(I), B at zero, as in PEFT, so it starts as the base."""
+    """All A and B matrices in fp32. A starts uniform in +-1/sqrt(I), B at zero, as in PEFT: it starts as the base."""
 
     def __init__(self, config: ModelConfig, settings: LoraSettings, seed: int = 0):
         super().__init__()
@@ -155,7 +170,7 @@ class Adapter(nn.Module):
         """Cast to the decoder's compute dtype and group by frozen matrix.
 
         switch: which tokens the adapter acts on (all, where None); may be set anew before every forward pass.
-        Gradients flow back to the fp32 masters.
+        Gradients flow back to the fp32 masters. Dropout acts in training mode with gradients on.
         """
         switch = switch or RowSwitch()
         return [self._layer(layer, decoder.compute_dtype, switch) for layer in decoder.layers]
@@ -169,7 +184,8 @@ class Adapter(nn.Module):
                 for name, start in zip(linear.names, linear.starts, strict=True)
                 if (key := f"{layer.number}_{name}") in self.a
             ]
-            return _Block(pairs, self.settings, switch) if pairs else None
+            dropout = self.settings.dropout if self.training else 0.0
+            return _Block(pairs, self.settings.scale, dropout, switch) if pairs else None
 
         return LayerAdapter(*(block(linear) for linear in layer.linears))
 
@@ -203,7 +219,8 @@ class Adapter(nn.Module):
         for name, target in mine.items():
             if tensors[name].shape != target.shape:
                 raise ModelError(
-                    f"{place}: {name} is {tuple(tensors[name].shape)}, expected {tuple(target.shape)} for this base model"
+                    f"{place}: {name} is {tuple(tensors[name].shape)}, "
+                    f"expected {tuple(target.shape)} for this base model"
                 )
             target.copy_(tensors[name])
 
@@ -237,12 +254,7 @@ class Adapter(nn.Module):
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}", "give a folder that PEFT or DeepDoctor wrote") from None
-        if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or values.get("use_dora"):
-            raise ModelError(
-                f"{path}: only plain LoRA without trained biases is supported, not {values.get('peft_type')}"
-            )
-        if values.get("rank_pattern") or values.get("alpha_pattern") or values.get("modules_to_save"):
-            raise ModelError(f"{path}: rank_pattern, alpha_pattern and modules_to_save are not supported")
+        _refuse_unsupported(values, path)
         named = values["target_modules"]
         targets = tuple(_GROUPS) if named == "all-linear" else tuple(t for t in _GROUPS if t in named)
         if not targets or (not isinstance(named, str) and set(named) - set(_GROUPS)):
@@ -250,8 +262,8 @@ class Adapter(nn.Module):
         settings = LoraSettings(
             rank=values["r"],
             alpha=values["lora_alpha"],
-            dropout=values.get("lora_dropout", 0.0),
-            rslora=values.get("use_rslora", False),
+            dropout=values.get("lora_dropout") or 0.0,
+            rslora=bool(values.get("use_rslora")),
             targets=targets,
         )
         adapter = cls(config, settings)
@@ -261,3 +273,31 @@ class Adapter(nn.Module):
             raise ModelError(f"{folder / ADAPTER_FILE} cannot be read: {error}", "save the adapter again") from None
         adapter.load_state({name: t.float() for name, t in tensors.items()}, str(folder / ADAPTER_FILE))
         return adapter
+
+
+def _refuse_unsupported(values: Any, path: Path) -> None:
+    """Raise ModelError for an ``adapter_config.json`` that is anything but plain LoRA, naming key and value."""
+
+    def refuse(key: str, expected: str) -> ModelError:
+        return ModelError(
+            f"{path}: {key} is {values.get(key)!r}, expected {expected}",
+            "only plain LoRA on the seven projections is supported; merge another kind into its base with PEFT",
+        )
+
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    if values.get("peft_type") != "LORA":
+        raise refuse("peft_type", "'LORA'")
+    if values.get("bias", "none") != "none":
+        raise refuse("bias", "'none'")
+    for key in _VARIANTS:
+        if values.get(key):
+            raise refuse(key, "none")
+    # These starts (PiSSA, OLoRA, ...) change the base weights too, so the adapter does not fit the base as published.
+    if values.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise refuse("init_lora_weights", "a start that leaves the base as it is")
+    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
+        if not isinstance(values.get(key), kinds) or isinstance(values[key], bool) or values[key] <= 0:
+            raise refuse(key, "a positive number")
+    if not isinstance(values.get("target_modules"), str | list):
+        raise refuse("target_modules", f"among {', '.join(_GROUPS)}")

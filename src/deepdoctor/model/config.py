@@ -15,6 +15,11 @@ __all__ = ["ARCHITECTURES", "ModelConfig", "known_config"]
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,15 @@ class ModelConfig:
         Raises UnsupportedModelError for an architecture, activation, rope type or sliding window the decoder lacks,
         ModelError for a missing or impossible size.
         """
+        for key, kind in (("architectures", list), ("quantization_config", dict), ("rope_scaling", dict)):
+            if not isinstance(values.get(key), kind | None):
+                raise ModelError(f"{place}: {key} is {values[key]!r}, expected a {kind.__name__}", "download it again")
         named = values.get("architectures") or ["(none)"]
         architecture = named[0]
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{place}: architecture {architecture!r} is not supported",
-                f"supported: {', '.join(ARCHITECTURES)} (R1 distills, Llama 2/3, Qwen2.5, Qwen3, SmolLM2, HuatuoGPT-o1)",
+                f"supported: {', '.join(ARCHITECTURES)} (R1 distills, Llama 3, Qwen2.5, Qwen3, SmolLM2, HuatuoGPT-o1)",
             )
         method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
         if method != "bitsandbytes":
@@ -107,6 +115,13 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"{place}: rope type {rope_type!r} is not supported", f"supported: {', '.join(ROPE_TYPES)}"
             )
+        for key in _ROPE_NEEDS.get(rope_type, ()):
+            number = rope.get(key)
+            if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
+                raise ModelError(f"{place}: rope type {rope_type!r} with {key} {number!r}, expected a positive number")
+        partial = rope.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0
+        if partial != 1.0:
+            raise UnsupportedModelError(f"{place}: partial_rotary_factor is {partial}; only whole heads are rotated")
         theta = float(rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0)
         qwen2 = architecture == "Qwen2ForCausalLM"
         bias = bool(values.get("attention_bias", False))

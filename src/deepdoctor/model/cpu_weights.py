@@ -1,8 +1,8 @@
 """Copies of a weight that a CPU reads faster than fp32 when only a few rows are multiplied.
 
-Two layouts of oneDNN and ATen's own: bf16, which loses nothing of a model published in bf16; and 4 bits with a scale and
-an offset per 32 weights, taken only where the weight is such a grid already (a model that came as a Q4_1 or Q4_0 GGUF),
-so that it too loses nothing but the rounding of scale and offset to bf16.
+Two layouts: oneDNN's for bf16, which loses nothing of a model published in bf16; and ATen's 4 bits with a scale and an
+offset per 32 weights, taken only where the weight is such a grid already (a model that came as a Q4_1 GGUF), so that it
+too loses nothing but the rounding of scale and offset to bf16.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Multiply", "four_bit_grid", "packed_multiply"]
+__all__ = ["Multiply", "four_bit_grid", "has_packed_kernels", "packed_multiply"]
 
 Multiply = Callable[[Tensor], Tensor]
 """x (n, I) -> x W^T + b (n, O), fp32 in and out, x rounded to bf16 for the product."""
 
 GROUP = 32
 LEVELS = 15
+ROWS_AT_ONCE = 1024
+"""Rows looked at together: a weight that is no grid is known after the first."""
 OFF_GRID = 0.1
 """Furthest a weight may lie from its level, in steps: rounding to bf16 moves it by up to 8 / 512 of a step for values
 within 8 steps of zero, weights that are no grid lie anywhere up to 0.5 off."""
+
+
+def has_packed_kernels() -> bool:
+    """Whether this build and processor have oneDNN's bf16 products in a layout of their own."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def four_bit_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -29,17 +38,21 @@ def four_bit_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
     weight (O, I); levels (O, I) int32 in 0..15; step and least (O, I / 32) fp32: weight = least + step * level.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns % GROUP:
         return None
-    groups = weight.float().view(rows, columns // GROUP, GROUP)
-    least, most = groups.aminmax(dim=-1)
-    step = (most - least) / LEVELS
-    place = (groups - least[..., None]) / step.clamp_min(1e-30)[..., None]
-    levels = place.round()
-    if float((place - levels).abs_().max()) > OFF_GRID:
-        return None
-    return levels.to(torch.int32).view(rows, columns), step, least
+    found = []
+    for part in weight.split(ROWS_AT_ONCE):
+        groups = part.float().view(part.shape[0], columns // GROUP, GROUP)
+        least, most = groups.aminmax(dim=-1)
+        step = (most - least) / LEVELS
+        place = (groups - least[..., None]) / step.clamp_min(1e-30)[..., None]
+        levels = place.round()
+        if float(place.sub_(levels).abs_().max()) > OFF_GRID:
+            return None
+        found.append((levels.to(torch.int32).view(part.shape), step, least))
+    levels, step, least = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return levels, step, least
 
 
 def packed_multiply(weight: Tensor, bias: Tensor | None = None) -> Multiply:

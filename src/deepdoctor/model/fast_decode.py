@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.model.adapter import Adapter
-from deepdoctor.model.cpu_weights import Multiply, packed_multiply
+from deepdoctor.model.cpu_weights import Multiply, has_packed_kernels, packed_multiply
 from deepdoctor.model.decoder import Attend, Decoder, DecoderLayer, FrozenLinear
 
 __all__ = ["PACKED_SLOTS", "DecodeStep", "can_pack"]
@@ -30,7 +30,7 @@ def can_pack(decoder: Decoder) -> bool:
     first = decoder.layers[0]
     assert isinstance(first, DecoderLayer)
     dense = all(linear.parts is None for linear in first.linears)
-    return decoder.device.type == "cpu" and dense and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return decoder.device.type == "cpu" and dense and has_packed_kernels()
 
 
 class _Linear:

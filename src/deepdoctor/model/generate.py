@@ -73,7 +73,8 @@ class _Cache:
         config = decoder.config
         self.key_heads = config.num_kv_heads
         shape = (config.num_layers, 2, slots, config.num_kv_heads, positions, config.head_dim)
-        self.kv = torch.empty(shape, dtype=dtype, device=decoder.device)
+        # Zeros, because a masked position still enters the sum with weight 0, and 0 times leftover nan is nan.
+        self.kv = torch.zeros(shape, dtype=dtype, device=decoder.device)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy one slot's first ``length`` positions over another slot."""
@@ -163,16 +164,17 @@ class Generator:
         active: list[_Slot] = []
         last: list[int] = []
         while active or waiting:
+            drawn_from = 0
             if waiting and len(active) < slots:
+                drawn_from = len(active)
                 fresh, rows = self._prefill(waiting, active, slots, cache, seen, switch, adapters)
                 last += self._draw(rows, fresh, seen, len(active))
                 active += fresh
             else:
                 logits = self._decode(step, active, last, cache, switch)
                 last = self._draw(logits, active, seen, 0)
-            finished = [
-                i for i, (slot, token) in enumerate(zip(active, last, strict=True)) if self._take(slot, token, on_token)
-            ]
+            # After a prefill only the fresh slots have a new token.
+            finished = [i for i in range(drawn_from, len(active)) if self._take(active[i], last[i], on_token)]
             for index in reversed(finished):
                 yield active[index].completion
                 end = len(active) - 1
@@ -190,7 +192,8 @@ class Generator:
                 raise UsageError(f"request {request.key!r} has an empty prompt")
             if len(request.prompt_ids) >= limit:
                 raise UsageError(
-                    f"request {request.key!r} has a prompt of {len(request.prompt_ids)} tokens; the model takes fewer than {limit}"
+                    f"request {request.key!r} has a prompt of {len(request.prompt_ids)} tokens; "
+                    f"the model takes fewer than {limit}"
                 )
             if request.tuned and self.adapter is None:
                 raise UsageError(f"request {request.key!r} asks the tuned side, but no adapter was given")

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deepdoctor.errors import HubError, ModelError, TrainingError
+from deepdoctor.errors import HubError, KernelInputError, ModelError, TrainingError
 from deepdoctor.kernels.nf4 import NF4Weight, quantize_nf4
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder, DecoderLayer
@@ -95,8 +95,10 @@ class TensorSource:
         if index.exists():
             try:
                 names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ModelError(f"{index} is broken: {error}", "download the model again") from None
+                names = dict(names)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                kind = type(error).__name__
+                raise ModelError(f"{index} is broken ({kind}: {error})", "download the model again") from None
             shards = sorted(set(names.values()))
         else:
             shards = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
@@ -166,6 +168,11 @@ class _Checked:
                 f"{self.place}: {name} is {tuple(tensor.shape)}, expected {shape} by config.json",
                 "config.json and weights belong to different models",
             )
+        if tensor.dtype not in DTYPES.values():
+            raise ModelError(
+                f"{self.place}: {name} is stored as {tensor.dtype}, expected float32, bfloat16 or float16",
+                "give the 16-bit model, or a bitsandbytes NF4 checkpoint (`*-bnb-4bit`)",
+            )
         return tensor
 
 
@@ -221,7 +228,7 @@ def load_decoder(
             if on_layer:
                 on_layer(number + 1, config.num_layers)
         decoder.norm = place(read("model.norm.weight", (hidden,)))
-        tied = config.tie_word_embeddings or "lm_head.weight" not in source
+        tied = config.tie_word_embeddings
         decoder.head = decoder.embedding if tied else place(read("lm_head.weight", (vocab, hidden)))
     finally:
         source.close()
@@ -275,14 +282,18 @@ def _part(
     """Read a projection that is NF4 as it is; keep what a 4-bit checkpoint left in 16 bits; quantise any other."""
     if f"{name}.absmax" in source:
         prefix = f"{name}."
-        stored = {key: source.read(key) for key in (name, *(k for k in source.keys() if k.startswith(prefix)))}
+        names = [key for key in list(source.keys()) if key.startswith(prefix)]
+        stored = {key: source.read(key) for key in (name, *names)}
         weight = read_bnb_state(stored, name)
         if tuple(weight.shape) != shape:
             raise ModelError(f"{read.place}: {name} is {tuple(weight.shape)}, expected {shape} by config.json")
         return weight.to(read.device)
     if quantised:
         return place(read(name, shape))
-    return quantize_nf4(read(name, shape).to(read.device), double_quant=double_quant)
+    try:
+        return quantize_nf4(read(name, shape).to(read.device), double_quant=double_quant)
+    except KernelInputError as error:
+        raise ModelError(f"{read.place}: {name}: {error.message}", error.hint) from None
 
 
 class _GGUFSource:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deepdoctor.errors import RunError
@@ -69,11 +70,12 @@ def save_checkpoint(
         for path in partial.iterdir():
             _sync(path)
         os.replace(partial, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError to safetensors
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"checkpoint {target} could not be written: {error.strerror or error}",
-            "free some space or choose another `--runs_dir`, then run again with `--resume`; older checkpoints are whole",
+            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error}",
+            "free some space or choose another `--runs_dir`, then run again with `--resume`; older checkpoints are "
+            "whole",
         ) from None
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -86,7 +88,8 @@ def _sync(path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if _NAME.search(p.name)) if folder.is_dir() else []
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -18,7 +18,7 @@ __all__ = ["RowLoss", "held_out_losses", "mean_loss"]
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """Summed loss (nats) and token counts of one row's labelled tokens."""
+    """Summed loss (nats) and token counts of one row's labelled tokens; a prompt that trains (``all``) is left out."""
 
     reasoning: float
     reasoning_tokens: int
@@ -60,7 +60,7 @@ def held_out_losses(
         for number, index in enumerate(group):
             mine = owner == number
             answer = mine & (place >= rows[index].answer[0])
-            thought = mine & ~answer
+            thought = mine & ~answer & (place >= rows[index].reasoning[0])
             found[index] = RowLoss(
                 float(losses[thought].sum()), int(thought.sum()), float(losses[answer].sum()), int(answer.sum())
             )

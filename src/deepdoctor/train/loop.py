@@ -52,7 +52,7 @@ class Interrupted(Exception):
 
 @dataclass
 class TrainResult:
-    """What training did. metrics: one dict per step, as in ``metrics.jsonl``; seconds exclude loading and evaluation."""
+    """What training did. metrics: one dict per step, as in ``metrics.jsonl``; its seconds are those of steps."""
 
     steps: int
     progress: Progress
@@ -90,7 +90,7 @@ def train(
     rows, held_out: encoded rows. folder: gets ``metrics.jsonl`` and ``checkpoints/``. token_budget: packed tokens of a
     micro-batch. fingerprint: hash of what decides the curve. row_names: for messages, e.g. "rows.jsonl:12".
     resume: go on from the newest checkpoint. on_step: called with each step's metrics and the number of steps.
-    Raises TrainingError for a non-finite loss (naming step and rows), Interrupted after Ctrl-C.
+    Raises TrainingError for a non-finite loss or gradient (naming step and rows), Interrupted after Ctrl-C.
     """
     hooks = _Hooks(on_step or (lambda metrics, steps: None), on_held_out or (lambda step, loss: None))
     steps = total_steps(len(rows), section.global_batch_size, section.max_steps, section.epochs)
@@ -129,8 +129,9 @@ def train(
                 group["lr"] = rate
             chosen = [rows[i] for i in order[step]]
             loss, tokens, labels = _gradients(decoder, adapter, chosen, section, token_budget, progress)
-            _refuse_non_finite(loss, step, order[step], row_names)
+            _refuse_non_finite("loss", loss, step, order[step], row_names)
             norm = _gradient_norm(parameters)
+            _refuse_non_finite("gradient norm", norm, step, order[step], row_names)
             if section.max_grad_norm and norm > section.max_grad_norm:
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], section.max_grad_norm / norm)
             optimizer.step()
@@ -215,12 +216,13 @@ def _gradient_norm(parameters: Sequence[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _refuse_non_finite(loss: float, step: int, rows: Sequence[int], names: Sequence[str]) -> None:
-    if math.isfinite(loss):
+def _refuse_non_finite(what: str, value: float, step: int, rows: Sequence[int], names: Sequence[str]) -> None:
+    """Stop before the update, so that no checkpoint ever holds weights it has spoilt."""
+    if math.isfinite(value):
         return
     shown = ", ".join(names[i] if i < len(names) else str(i) for i in rows)
     raise TrainingError(
-        f"the loss of step {step + 1} is {loss}; its rows: {shown}",
+        f"the {what} of step {step + 1} is {value}; its rows: {shown}",
         "look at these rows, lower train.learning_rate, or use bf16 instead of fp16; the last checkpoint is whole",
     )
 

@@ -64,15 +64,25 @@ def make_optimizer(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state as named tensors ("3.exp_avg") and plain numbers, ready for safetensors and JSON."""
+    """Return the state as named tensors ("3.exp_avg"), copied, and plain numbers, ready for safetensors and JSON.
+
+    bitsandbytes wraps its tensors in an inner dict, which is laid flat, and shares its quantisation maps between
+    parameters, which safetensors refuses, hence the copies. Its load_state_dict takes the flat form.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+
+    def put(stem: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                put(stem, value)
+            elif isinstance(value, Tensor):
+                tensors[f"{stem}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
-                numbers[f"{number}.{name}"] = value
+                numbers[f"{stem}.{name}"] = value
+
+    for number, state in optimizer.state_dict()["state"].items():
+        put(str(number), state)
     return tensors, numbers
 
 

@@ -79,16 +79,27 @@ class Plan:
         ]
 
 
-def activation_bytes(config: ModelConfig, rank: int, element: int) -> int:
-    """Bytes that backward keeps per token, all layers.
+def activation_bytes(config: ModelConfig, section: TrainSection, element: int) -> int:
+    """Bytes that backward keeps per token, where every token has a label; ``element`` bytes per activation.
 
-    Per layer: x twice and its norm twice (4 D), rotated q, k and v ((N + 2K) H), attention output and its copy (2 N H),
-    gate and up (2 F), their product (F), the adapters' u (7 R); fp32: two norm factors and one logsumexp per head.
+    Per layer: x twice and its norm twice (4 D), rotated q, k and v ((N + 2K) H), attention output and its copy, which a
+    micro-batch of one row does without (2 N H), gate and up (2 F), their product (F), the adapters' u (R each); fp32:
+    two norm factors and one logsumexp per head. Qwen3 normalises q and k, and so keeps qkv once more. With dropout each
+    projection keeps its own input and mask. Once: the gradient of the last hidden state (D) and the rope tables.
     """
     heads = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    elements = 4 * config.hidden_size + heads + 2 * keys + 2 * heads + 3 * config.intermediate_size + 7 * rank
-    return config.num_layers * (elements * element + 4 * (2 + config.num_heads))
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    elements = 4 * config.hidden_size + qkv + 2 * heads + 3 * config.intermediate_size
+    elements += section.lora_rank * len(section.target_modules)
+    floats = 2 + config.num_heads
+    if config.qk_norm:
+        elements += qkv
+        floats += config.num_heads + config.num_kv_heads
+    if section.lora_dropout:
+        from deepdoctor.model.adapter import projection_sizes
+
+        elements += 2 * sum(projection_sizes(config)[target][1] for target in section.target_modules)
+    return config.num_layers * (elements * element + 4 * floats) + config.hidden_size * element + 4 * config.head_dim
 
 
 def make_plan(
@@ -109,11 +120,11 @@ def make_plan(
     """
     element = torch.finfo(compute_dtype).bits // 8
     held = BYTES[precision]
-    weights = (config.linear_parameters * held + config.embedding_parameters * element) / MIB
+    weights = (config.linear_parameters * held + (config.embedding_parameters + _vectors(config)) * element) / MIB
     pairs = _trainable(config, section)
     adapter = pairs * 8 / MIB
     optimizer = pairs * (2 if section.optimizer == "adamw_8bit" else 8) / MIB
-    per_token = activation_bytes(config, section.lora_rank, element)
+    per_token = activation_bytes(config, section, element)
     logits = CHUNK_TOKENS * config.vocab_size * (4 + element) / MIB
     dense = 0.0
     if precision == "nf4":
@@ -125,11 +136,17 @@ def make_plan(
     wanted = CPU_ACTIVATIONS_MIB if device.type == "cpu" else available * GPU_SHARE - fixed
     room = min(wanted, available * GPU_SHARE - fixed)
     budget = section.micro_batch_tokens or max(longest, int(room / per_row_mib))
-    step_tokens = sum(sorted(lengths, reverse=True)[: section.global_batch_size])
-    budget = max(longest, min(budget, step_tokens))
+    together = min(section.global_batch_size, section.micro_batch_size or section.global_batch_size)
+    budget = max(longest, min(budget, sum(sorted(lengths, reverse=True)[:together])))
     peak = fixed + budget * per_row_mib
     if peak > available:
         fits = int((available * GPU_SHARE - fixed) / per_row_mib)
+        if fits >= longest:
+            raise TrainingError(
+                f"the plan needs {peak:,.0f} MiB for micro-batches of {budget} tokens, but {available:,.0f} MiB are "
+                "there",
+                f"set `--train.micro_batch_tokens {fits}`, or leave it out",
+            )
         raise TrainingError(
             f"the plan needs {peak:,.0f} MiB for one row of {longest} tokens, but {available:,.0f} MiB are there",
             f"set `--data.max_seq_len {fits}`, or take a smaller model"
@@ -161,6 +178,17 @@ def make_plan(
         disk_mib=(section.keep_checkpoints + 1) * (adapter + optimizer) + adapter / 2 + merged,
         lengths_measured=lengths_measured,
     )
+
+
+def _vectors(config: ModelConfig) -> int:
+    """Number of norm weights and biases."""
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = 2 * config.hidden_size
+    layer += 2 * config.head_dim if config.qk_norm else 0
+    layer += heads + 2 * keys if config.qkv_bias else 0
+    layer += config.hidden_size if config.o_bias else 0
+    layer += 2 * config.intermediate_size + config.hidden_size if config.mlp_bias else 0
+    return config.num_layers * layer + config.hidden_size
 
 
 def _trainable(config: ModelConfig, section: TrainSection) -> int:

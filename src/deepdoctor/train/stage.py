@@ -9,10 +9,13 @@ import shutil
 import time
 from typing import Any
 
+from safetensors import SafetensorError
+
 from deepdoctor.data.store import PreparedData
+from deepdoctor.errors import RunError
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.recipe import Recipe
-from deepdoctor.run import write_json
+from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 from deepdoctor.train.loop import train
 from deepdoctor.train.plan import Plan, make_plan, peak_memory_mib
@@ -46,6 +49,7 @@ def train_adapter(session: Session, data: PreparedData, resume: bool) -> Adapter
     """Fill ``train/`` of the run and return the trained adapter.
 
     Writes ``plan.json``, ``metrics.jsonl``, ``checkpoints/``, ``summary.json`` and, last, ``adapter/`` (PEFT files).
+    Raises RunError where the disk is full.
     """
     run, recipe, reporter = session.run, session.recipe, session.reporter
     assert run is not None
@@ -105,8 +109,15 @@ def train_adapter(session: Session, data: PreparedData, resume: bool) -> Adapter
     write_json(folder / "summary.json", summary)
     partial = folder / ".adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    adapter.save(partial, recipe.model.id, recipe.model.revision)
-    os.replace(partial, folder / "adapter")
+    try:
+        adapter.save(partial, recipe.model.id, recipe.model.revision)
+        os.replace(partial, folder / "adapter")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{folder / 'adapter'} could not be written: {getattr(error, 'strerror', None) or error}",
+            "free some space, then run again with `--resume`: the last checkpoint holds the trained adapter",
+        ) from None
     run.book("train", time.perf_counter() - started)
     run.update(train=summary)
     reporter.say(

@@ -21,6 +21,8 @@ from deepdoctor.recipe import Recipe, load_recipe
 
 __all__ = ["RunFolder", "machine", "versions", "write_json"]
 
+STAGE_FOLDERS = ("data", "ask", "train", "compare", "export")
+
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON under a temporary name and rename, so that a reader never sees half a file."""
@@ -67,26 +69,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, recipe: Recipe, resume: bool) -> RunFolder:
-        """Make the folder, or take up an existing one.
+        """Make the folder, or take up an existing one. A run that failed before its first stage counts as new.
 
         Raises RunError where it exists and resume is false, was made by another recipe, or cannot be written.
         """
         path = Path(recipe.runs_dir) / recipe.name
         if (path / "manifest.json").exists():
             found = cls.open(path)
-            if not resume:
-                raise RunError(
-                    f"run folder {path} already exists",
-                    "take it up again with `--resume`, or give the new run another `--name`",
-                )
-            found._refuse_other_recipe(recipe)
-            return found
-        if path.exists() and any(path.iterdir()):
+            if any((path / stage).exists() for stage in STAGE_FOLDERS):
+                if not resume:
+                    raise RunError(
+                        f"run folder {path} already exists",
+                        "take it up again with `--resume`, or give the new run another `--name`",
+                    )
+                found._take_up(recipe)
+                return found
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} exists and is no run folder", "give the run another `--name` or `--runs_dir`")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            run = cls(path, {"schema": 1, "recipe": recipe.model_dump(mode="json"), "timings": {}, "status": "new"})
+            run = cls(path, {"schema": 1, "timings": {}, "status": "new"})
+            run._keep_recipe(recipe)
             run.update(versions=versions(), machine=machine(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         except OSError as error:
             raise RunError(
@@ -100,6 +103,8 @@ class RunFolder:
         """Open an existing run. Raises RunError where there is none."""
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict) or "recipe" not in manifest:
+                raise ValueError("manifest.json holds no recipe")
         except (OSError, ValueError) as error:
             near = sorted(p.parent.name for p in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
             raise RunError(
@@ -113,20 +118,27 @@ class RunFolder:
         """The resolved recipe the run was made with."""
         return load_recipe(self.manifest["recipe"], environ={})
 
-    def _refuse_other_recipe(self, recipe: Recipe) -> None:
-        mine, theirs = self.manifest["recipe"], recipe.model_dump(mode="json")
-        for section in ("seed", "model", "data", "train"):
-            if mine.get(section) == theirs[section]:
-                continue
-            fields = theirs[section] if isinstance(theirs[section], dict) else {section: theirs[section]}
-            before = mine[section] if isinstance(mine.get(section), dict) else {section: mine.get(section)}
-            changed = [
-                f"{section}.{k} was {before.get(k)!r}, is {v!r}" for k, v in fields.items() if before.get(k) != v
-            ]
+    def _take_up(self, recipe: Recipe) -> None:
+        """Go on with a recipe: what is done already must have been done with the same values."""
+        mine, theirs = self.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")
+        changed = []
+        for section in ("seed", "model", "data", "train", *(s for s in ("ask", "compare") if (self.path / s).exists())):
+            if not isinstance(theirs[section], dict):
+                pairs = {section: (mine[section], theirs[section])}
+            else:
+                pairs = {f"{section}.{key}": (mine[section][key], value) for key, value in theirs[section].items()}
+            changed += [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if was != now]
+        if changed:
             raise RunError(
                 f"run folder {self.path} was made by another recipe: {'; '.join(changed)}",
                 f"resume with {self.path / 'recipe.yaml'}, or give the new run another `--name`",
             )
+        if mine != theirs:
+            self._keep_recipe(recipe)
+
+    def _keep_recipe(self, recipe: Recipe) -> None:
+        (self.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        self.update(recipe=recipe.model_dump(mode="json"))
 
     def update(self, **values: Any) -> None:
         """Put values into the manifest and write it."""
@@ -141,8 +153,10 @@ class RunFolder:
     def stage(self, name: str) -> Iterator[Path]:
         """Give a folder to fill; it takes its final name when the block ends well, and its time is booked.
 
-        Raises RunError for a full or read-only disk; what was complete before stays.
+        Raises RunError for a full or read-only disk; what was complete before stays, what was begun goes.
         """
+        from safetensors import SafetensorError  # what safetensors makes of a full disk
+
         target = self.path / name
         partial = target.with_name(f".{target.name}.partial")
         started = time.perf_counter()
@@ -152,12 +166,15 @@ class RunFolder:
             yield partial
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"{target} could not be written: {error.strerror or error}",
-                "free some space or choose another `--runs_dir`, then run again with `--resume`; complete stages are kept",
+                f"{target} could not be written: {getattr(error, 'strerror', None) or error}",
+                "free some space or choose another `--runs_dir`, then run again with `--resume`: complete stages stay",
             ) from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.book(name, time.perf_counter() - started)
 
     def book(self, name: str, seconds: float) -> None:
