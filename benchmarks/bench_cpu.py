@@ -236,9 +236,11 @@ def table(case: str, systems: dict[str, list[dict]]) -> list[dict]:
 
 def write(cases: list[dict]) -> None:
     """Write the results with date, commit, versions and machine."""
-    from deepdoctor.run import machine, versions
+    from deepdoctor.run_folder import machine, versions
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     with open("/proc/cpuinfo", encoding="utf-8") as info:
         text = info.read()
     flags = sorted({f for f in text.split() if f.startswith(("amx", "avx512_bf16", "avx512f", "avx2"))})

@@ -19,7 +19,7 @@ ROPES = {
 
 
 def tiny_model(family: str, vocab_size: int = 640, seed: int = 0, **config):
-    """Return a random two-layer model of "llama", "qwen2" or "qwen3" in fp32, large enough weights to tell faults apart."""
+    """Return a random two-layer "llama", "qwen2" or "qwen3" in fp32, its weights large enough to tell faults apart."""
     import transformers
 
     named = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]

@@ -267,11 +267,11 @@ def test_hub_away_names_what_was_wanted(tmp_path):
         ),
         (ValueError("Couldn't find cache for o/d for config 'fr'\nAvailable configs in the cache: ['en']"), "en", "en"),
         (ValueError("Unknown split \"test\". Should be one of ['train']."), "known: train", "--data.split train"),
-        (OSError("Client error '401 Unauthorized' for url"), "or needs a token", "deepdoctor login"),
+        (OSError("Client error '401 Unauthorized' for url"), "or needs a token", "HF_TOKEN"),
         (
             OSError("Dataset 'o/d' doesn't exist on the Hub or cannot be accessed."),
             "not on the Hub",
-            "deepdoctor login",
+            "HF_TOKEN",
         ),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", "--data.source path.jsonl"),
     ],
