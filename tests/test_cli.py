@@ -272,3 +272,15 @@ def test_closed_pipe_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch
 
     monkeypatch.setattr("builtins.print", closed)
     assert call(capsys, "schema") == Outcome(0, "", "")
+
+
+@pytest.mark.parametrize("command", [["run", "recipes/demo.yaml"], ["ask", "Why?", "--run", "runs/none"]])
+def test_threads_are_settled_before_torch(command):
+    """Imports in the wrong order used to load torch first, and its threads then span without bound."""
+    code = (
+        "import sys\nfrom deepdoctor import cpu\n"
+        "def probe(say):\n    print('torch' in sys.modules)\n    raise SystemExit(0)\n"
+        f"cpu.prepare_cpu = probe\nfrom deepdoctor.cli import main\nmain({command!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, timeout=120)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr

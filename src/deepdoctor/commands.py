@@ -95,13 +95,13 @@ def _dry_run(recipe: Recipe, json: bool, vram: str | None = None) -> int:
 
 
 def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, show_rows: int = 0) -> int:
-    from deepdoctor.ask import print_answers
     from deepdoctor.cpu import prepare_cpu
-    from deepdoctor.train.loop import Interrupted
 
     reporter = _reporter()
-    prepare_cpu(reporter.say)
+    prepare_cpu(reporter.say)  # before anything that imports torch
+    from deepdoctor.ask import print_answers
     from deepdoctor.pipeline import run
+    from deepdoctor.train.loop import Interrupted
 
     try:
         result = run(recipe, resume=resume, stages=stages, show_rows=show_rows, reporter=reporter)

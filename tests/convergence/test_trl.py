@@ -1,5 +1,6 @@
 """Thirty steps equal TRL's SFTTrainer with a PEFT adapter on the same rows: the stock way to train such a model."""
 
+import importlib.util
 import logging
 
 import pytest
@@ -65,6 +66,10 @@ def stock_curve(folder, adapter_folder, rows, section, out):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is not None,
+    reason="TRL hands CPU tensors to its Triton kernel where Triton is installed",
+)
 def test_thirty_steps_equal_trl_and_peft(tiny_r1, tmp_path):
     """Losses within 1e-5 at every step, gradient norms and final weights beside them, in fp32.
 

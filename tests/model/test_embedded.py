@@ -234,7 +234,7 @@ def killed(tensors, path, metadata=None):
 safetensors.torch.save_file = killed
 embedded.embedded_model({NAME!r}, {str(tmp_path / "c")!r})
 """
-    env = {**os.environ, "PYTHONPATH": str(tiny.parents[1])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.parents[1]), os.environ.get("PYTHONPATH", "")])}
     assert subprocess.run([sys.executable, "-c", code], env=env, timeout=120).returncode == 9
     models = tmp_path / "c" / "models"
     (half,) = models.iterdir()

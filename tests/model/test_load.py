@@ -57,7 +57,9 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory, saved: tuple[Path, Any]) 
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=["lm_head", "model.layers.0.self_attn.v_proj"],
     )
-    model = AutoModelForCausalLM.from_pretrained(saved[0], quantization_config=settings, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        saved[0], quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
+    )
     model.save_pretrained(folder)
     # In eval mode bitsandbytes multiplies in bf16 on some CPUs, whatever the compute dtype says.
     return folder, model.train()
