@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deepdoctor.data.check import CheckReport, check_rows
+from deepdoctor.data.prompt import EncodedRow
 from deepdoctor.data.show import show_rows
 from deepdoctor.data.sources import load_rows
 from deepdoctor.data.split import split_rows
 from deepdoctor.data.store import PreparedData, load_prepared, save_prepared
+from deepdoctor.recipe import Recipe
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 
-__all__ = ["prepare_data", "read_and_check"]
+__all__ = ["prepare_data", "read_and_check", "short_limits"]
 
 
 def read_and_check(session: Session, show: int = 0) -> tuple[list, CheckReport]:
@@ -24,6 +28,22 @@ def read_and_check(session: Session, show: int = 0) -> tuple[list, CheckReport]:
     if show and kept:
         show_rows(kept, session.prompt, session.reporter.console, show)
     return kept, report
+
+
+def short_limits(recipe: Recipe, encoded: Sequence[EncodedRow]) -> list[str]:
+    """Return a sentence for each token limit of ask or compare under which a tenth of what the rows teach would be cut.
+
+    encoded: the training rows. The advice is the longest of them and a quarter, in steps of 128.
+    """
+    lengths = sorted(len(row.input_ids) - row.reasoning[0] for row in encoded)
+    ninth, advice = lengths[len(lengths) * 9 // 10], -(-lengths[-1] * 5 // 4 // 128) * 128
+    sections = {"compare": recipe.compare, **({"ask": recipe.ask} if recipe.ask.questions else {})}
+    return [
+        f"{name}.max_new_tokens is {section.max_new_tokens}, but one row in ten teaches answers of {ninth} tokens or "
+        f"more: `--{name}.max_new_tokens {advice}` would let them end"
+        for name, section in sections.items()
+        if section.max_new_tokens < ninth
+    ]
 
 
 def prepare_data(session: Session, show: int = 0) -> PreparedData:
@@ -58,4 +78,6 @@ def prepare_data(session: Session, show: int = 0) -> PreparedData:
         write_json(partial / "summary.json", summary)
     run.update(data=summary)
     session.reporter.say(f"data: {len(train)} rows to train on, {len(held_out)} held out")
+    for sentence in short_limits(recipe, [encoded for _, encoded in train]):
+        session.reporter.say(f"warning: {sentence}", style="yellow")
     return prepared
