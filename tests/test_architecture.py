@@ -18,8 +18,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     {"errors"},
+    {"sizes"},
     {"kernels", "recipe", "ui", "cpu"},
     {"model", "run_folder"},
+    {"engine"},
     {"data"},
     {"session"},
     {"data.stage", "train", "export"},

@@ -156,7 +156,8 @@ def test_tutorial_holds_the_articles_values() -> None:
     seven = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(train.target_modules) == seven
     micro, accumulated = 2, 4
-    assert (train.micro_batch_size, train.global_batch_size) == (micro, micro * accumulated)
+    # How the step's rows are cut changes no result here, so that the plan may choose it.
+    assert (train.micro_batch_size, train.global_batch_size) == (None, micro * accumulated)
     assert (train.max_steps, train.warmup_steps, train.warmup_ratio) == (60, 5, 0)
     assert (train.learning_rate, train.schedule) == (2e-4, "linear")
     assert (train.optimizer, train.weight_decay, recipe.seed) == ("adamw_8bit", 0.01, 3407)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import torch
 
-from deepdoctor.errors import UsageError
 from deepdoctor.model.config import ModelConfig, known_config
 from deepdoctor.recipe import Recipe
+from deepdoctor.sizes import parse_size
 from deepdoctor.train.plan import Plan, make_plan
 
-__all__ = ["parse_size", "plan_without_loading"]
+__all__ = ["plan_without_loading"]
 
 ASSUMED_LENGTHS = (540, 620, 670, 740, 880, 1050)
 """Tokens of medical-o1 rows under the Llama 3.1 tokenizer where rows cannot be read: quantiles of 198 real rows
 (median 670, 90 % at most 878, 99 % at most 1,048)."""
-
-
-def parse_size(text: str) -> float:
-    """``15GiB``, ``15G``, ``16384MiB`` -> MiB. Raises UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|G|GB|MiB|M|MB)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UsageError(f"--vram is {text!r}, expected a size such as 15GiB")
-    unit = (match[2] or "GiB").lower()
-    return float(match[1]) * {"g": 1024, "gib": 1024, "gb": 1e9 / 2**20, "m": 1, "mib": 1, "mb": 1e6 / 2**20}[unit]
 
 
 def _config(recipe: Recipe) -> tuple[ModelConfig, str]:
@@ -107,5 +97,6 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
         compute_dtype=compute,
         memory_mib=memory,
         lengths_measured=measured,
+        seed=recipe.seed,
     )
     return plan, notes

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from deepdoctor.errors import RecipeError
+from deepdoctor.sizes import Size
 
 __all__ = [
     "AskSection",
@@ -67,6 +68,8 @@ class ModelSection(Section):
     """NF4 only: quantise the block scales too, as bitsandbytes does. Source: QLoRA (arXiv 2305.14314)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one. ``cuda`` on a machine without one is an error."""
+    vram: Size | None = None
+    """Use no more of the GPU than a card of this size has, e.g. ``15GiB`` (null: the whole card)."""
 
 
 class DataSection(Section):

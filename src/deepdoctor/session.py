@@ -12,10 +12,11 @@ from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.generate import Sampling
-from deepdoctor.model.load import choose_device, load_decoder, load_tokenizer, resolve_model
+from deepdoctor.model.load import choose_device, limit_memory, load_decoder, load_tokenizer, resolve_model
 from deepdoctor.model.tokenizer import Tokenizer
 from deepdoctor.recipe import Recipe, SamplingSection
 from deepdoctor.run_folder import RunFolder
+from deepdoctor.sizes import parse_size
 from deepdoctor.ui import Reporter
 
 __all__ = ["Session"]
@@ -51,6 +52,8 @@ class Session:
         """The frozen base, loaded now."""
         model = self.recipe.model
         device = choose_device(model.device)
+        if model.vram and device.type == "cuda":
+            limit_memory(device, parse_size(model.vram, "model.vram"))
         started = time.perf_counter()
         config_layers = None
         if self.source.is_dir():

@@ -222,6 +222,19 @@ def test_strided_weights_and_slices_of_a_buffer():
     assert (buffer[[0, 131]] == 7).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 33), (5, 1), (7, 33), (1100, 1002), (1200, 1001), (2, 600_001)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_wider_matrix(shape, dtype):
+    """Out may be columns of a wider matrix, chunks that end inside a row included; the other columns are untouched."""
+    rows, columns = shape
+    weight = quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(10)))
+    wide = torch.full((rows, columns + 9), 7.0, dtype=dtype)
+    returned = dequantize_nf4(weight, dtype, out=wide[:, 4 : 4 + columns])
+    assert returned.data_ptr() == wide[:, 4:].data_ptr()
+    assert torch.equal(bits(wide[:, 4 : 4 + columns]), bits(dequantize_nf4(weight, dtype)))
+    assert (wide[:, :4] == 7).all() and (wide[:, 4 + columns :] == 7).all()
+
+
 def test_parameters_need_no_gradient():
     """A weight that requires a gradient is quantised, and what is read back requires none."""
     w = torch.nn.Parameter(torch.randn(8, 64))

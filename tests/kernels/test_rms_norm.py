@@ -1,14 +1,20 @@
 """RMS norm against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
-from deepdoctor.kernels.rms_norm import rms_norm
-from helpers_numeric import assert_matches
+from deepdoctor.kernels.choose import Impl
+from deepdoctor.kernels.rms_norm import add_rms_norm, normalise, rms_norm, rms_norm_backward
+from helpers_numeric import assert_matches, assert_no_less_accurate, run_with_gradients
+from helpers_triton import DEVICE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(0, 8), (1, 1), (1, 4096), (7, 66), (65, 100)]
+EPS = 1e-5
 
 
 def plain(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -20,6 +26,65 @@ def plain(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def in_gaps(values: Tensor, gap: int = 3) -> tuple[Tensor, Tensor]:
+    """A buffer of nan, and the view of its rows' beginnings that holds values."""
+    buffer = torch.full((values.shape[0], values.shape[1] + gap), torch.nan, dtype=values.dtype, device=values.device)
+    view = buffer[:, : values.shape[1]]
+    view.copy_(values)
+    return buffer, view
+
+
+def check_add(impl: Impl, shape: tuple[int, int], dtype: torch.dtype, with_delta: bool, gap: int = 0) -> None:
+    """total, y and rstd against float64, written where they belong and nowhere else; y once more from total."""
+    device = DEVICE if impl == "triton" else "cpu"
+    x, delta, weight = (
+        draw(*size, dtype=dtype, seed=seed).to(device) for seed, size in enumerate([shape, shape, shape[1:]])
+    )
+    total = x + delta if with_delta else x
+    exact = x.double() + delta.double() if with_delta else x.double()
+    (x_buffer, x_view), (delta_buffer, delta_view) = in_gaps(x, gap), in_gaps(delta, gap)
+    out_buffer, out = in_gaps(torch.zeros_like(x), gap)
+    got, y, rstd = add_rms_norm(x_view, delta_view if with_delta else None, weight, EPS, out=out, impl=impl)
+
+    assert got is (delta_view if with_delta else x_view) and y is out
+    assert torch.equal(x_view, x) and (with_delta or torch.equal(delta_view, delta))
+    assert_no_less_accurate(got, total, exact)
+    assert_no_less_accurate(y, plain(total, weight, EPS), plain(exact, weight.double(), EPS))
+    assert rstd.shape == shape[:1] and rstd.dtype == torch.float32
+    # Summed in fp32 in any order: within a few roundings.
+    torch.testing.assert_close(rstd.double(), (got.double().pow(2).mean(-1) + EPS).rsqrt(), rtol=2e-6, atol=0)
+    for buffer in (x_buffer, delta_buffer, out_buffer):
+        assert buffer[:, shape[1] :].isnan().all()
+    again_buffer, again = in_gaps(torch.zeros_like(x), gap)
+    assert normalise(got, rstd, weight, out=again, impl=impl) is again
+    assert torch.equal(again, y) and again_buffer[:, shape[1] :].isnan().all()
+    assert torch.equal(normalise(got, rstd, weight, impl=impl), y)
+
+
+def check_backward(impl: Impl, shape: tuple[int, int], dtype: torch.dtype, with_add: bool, gap: int = 0) -> None:
+    """The gradient, plus add, against float64; into a new tensor, into a view, and over add."""
+    device = DEVICE if impl == "triton" else "cpu"
+    x, dy, add = (draw(*shape, dtype=dtype, seed=seed).to(device) for seed in range(3))
+    weight = draw(shape[1], dtype=dtype, seed=3).to(device)
+    rstd = add_rms_norm(x, None, weight, EPS, impl=impl)[2]
+    exact = run_with_gradients(lambda x: plain(x, weight.to(x.dtype), EPS), [x], dy, torch.float64)[1]
+    reference = run_with_gradients(lambda x: plain(x, weight.to(x.dtype), EPS), [x], dy)[1]
+    # The gradient of one column is what cancellation leaves of it: looked at only beside add.
+    with_add = with_add or shape[1] == 1
+    past = add if with_add else None
+    if with_add:
+        exact, reference = exact + add.double(), reference + add
+    fresh = rms_norm_backward(dy, x, rstd, weight, add=past, impl=impl)
+    assert fresh.is_contiguous()
+    assert_no_less_accurate(fresh, reference, exact)
+
+    (_, dy_view), (_, x_view), (buffer, out) = in_gaps(dy, gap), in_gaps(x, gap), in_gaps(add, gap)
+    over = out if with_add else None
+    assert rms_norm_backward(dy_view, x_view, rstd, weight, add=over, out=out, impl=impl) is out
+    assert torch.equal(out, fresh) and buffer[:, shape[1] :].isnan().all()
+    assert torch.equal(x_view, x) and torch.equal(dy_view, dy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,3 +135,81 @@ def test_refuses_what_does_not_fit() -> None:
         rms_norm(x, torch.ones(7), 1e-5)
     with pytest.raises(KernelInputError, match="bfloat16, expected"):
         rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-5)
+
+
+@pytest.mark.parametrize("with_delta", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype, with_delta: bool) -> None:
+    """Sum, norm and 1 / rms are as exact as the plain form's, for contiguous rows and for rows with gaps."""
+    check_add("torch", shape, dtype, with_delta)
+    check_add("torch", shape, dtype, with_delta, gap=3)
+
+
+@pytest.mark.parametrize("with_add", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_backward(shape: tuple[int, int], dtype: torch.dtype, with_add: bool) -> None:
+    """The gradient is as exact as autograd's, for contiguous rows and for rows with gaps."""
+    check_backward("torch", shape, dtype, with_add)
+    check_backward("torch", shape, dtype, with_add, gap=5)
+
+
+def test_functional_ops_record_no_gradient() -> None:
+    """Inputs that ask for gradients are used as they are, and delta may be one of them."""
+    x, delta = (
+        draw(3, 8, dtype=torch.float32).requires_grad_(),
+        draw(3, 8, dtype=torch.float32, seed=1).requires_grad_(),
+    )
+    weight = torch.ones(8)
+    total, y, rstd = add_rms_norm(x, delta, weight, EPS)
+    assert total is delta and not y.requires_grad
+    assert not rms_norm_backward(y, x, rstd, weight).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"x": torch.zeros(2, 8, dtype=torch.float64)}, "x is torch.float64, expected bf16"),
+        ({"x": torch.zeros(2, 8, 1)}, r"x is \(2, 8, 1\), expected \(T, D\)"),
+        ({"x": torch.zeros(8, 2).t()}, r"x has strides \(1, 2\), expected contiguous rows"),
+        ({"x": torch.zeros(8).expand(2, 8)}, r"x has strides \(0, 1\), expected contiguous rows"),
+        ({"delta": torch.zeros(3, 8)}, r"delta is \(3, 8\) torch.float32 on cpu, expected \(2, 8\)"),
+        ({"delta": torch.zeros(2, 8, dtype=torch.float16)}, "delta is .*float16 on cpu, expected .*float32"),
+        ({"delta": torch.zeros(2, 8, device="meta")}, "delta is .* on meta, expected .* on cpu"),
+        ({"out": torch.zeros(2, 16)[:, ::2]}, r"out has strides \(16, 2\)"),
+        ({"weight": torch.ones(7)}, r"weight is \(7,\) .*, expected \(8,\)"),
+        ({"weight": torch.ones(8, dtype=torch.bfloat16)}, "weight is .*bfloat16"),
+        ({"weight": torch.ones(8, device="meta")}, "weight is .* on meta"),
+        ({"weight": torch.ones(16)[::2]}, "weight has stride 2, expected 1"),
+        ({"impl": "cuda"}, "impl is 'cuda'"),
+    ],
+)
+def test_add_rms_norm_refuses(changed: dict[str, Any], said: str) -> None:
+    """Dtype, device, shape and stride of every argument are named with what was expected."""
+    given = {"x": torch.zeros(2, 8), "delta": torch.zeros(2, 8), "weight": torch.ones(8), "eps": EPS}
+    with pytest.raises(KernelInputError, match=said):
+        add_rms_norm(**(given | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"dy": torch.zeros(2, 7)}, r"dy is \(2, 7\)"),
+        ({"add": torch.zeros(2, 8, dtype=torch.float16)}, "add is .*float16"),
+        ({"out": torch.zeros(8, 2).t()}, "out has strides"),
+        (
+            {"rstd": torch.zeros(2, dtype=torch.float16)},
+            r"rstd is \(2,\) torch.float16 .*, expected \(2,\) torch.float32",
+        ),
+        ({"rstd": torch.zeros(2, 1)}, r"rstd is \(2, 1\)"),
+    ],
+)
+def test_rms_norm_backward_refuses(changed: dict[str, Any], said: str) -> None:
+    """As add_rms_norm; normalise checks rstd in the same way."""
+    given = {"dy": torch.zeros(2, 8), "x": torch.zeros(2, 8), "rstd": torch.ones(2), "weight": torch.ones(8)}
+    with pytest.raises(KernelInputError, match=f"rms_norm_backward: {said}"):
+        rms_norm_backward(**(given | changed))
+    if "rstd" in changed:
+        with pytest.raises(KernelInputError, match=f"normalise: {said}"):
+            normalise(given["x"], changed["rstd"], given["weight"])

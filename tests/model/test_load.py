@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from deepdoctor.errors import DeepDoctorError, HubError, ModelError, TrainingError, UnsupportedModelError
 from deepdoctor.kernels.nf4 import NF4Weight, quantize_nf4
+from deepdoctor.model import load
 from deepdoctor.model.decoder import Decoder, DecoderLayer
 from deepdoctor.model.load import choose_device, load_decoder, load_tokenizer, open_weights, resolve_model
+from deepdoctor.model.stream import Ring
 from helpers_models import save_tiny_model, tiny_model
 from helpers_tokenizer import build_r1_tokenizer
 
@@ -68,6 +71,32 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory, saved: tuple[Path, Any]) 
 def linears(decoder: Decoder) -> list[Any]:
     """All frozen matrices."""
     return [linear for layer in decoder.layers if isinstance(layer, DecoderLayer) for linear in layer.linears]
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights reach a CPU the way they reach a GPU: through a ring, here of three slots of 1 KiB."""
+    monkeypatch.setattr(load, "STREAMED", {"cpu": Ring(3, 1024, 2, direct_bytes=300)})
+
+
+def held(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Every tensor of a decoder by name, NF4 parts taken apart."""
+    found = dict(decoder.named_buffers())
+    for number, linear in enumerate(linears(decoder)):
+        for place, part in enumerate(linear.parts or ()):
+            values = (
+                {f.name: getattr(part, f.name) for f in fields(part)} if isinstance(part, NF4Weight) else {"": part}
+            )
+            found |= {f"{number}.{place}.{n}": v for n, v in values.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def assert_same(one: Decoder, other: Decoder) -> None:
+    """Two decoders hold the same bits under the same names."""
+    a, b = held(one), held(other)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype and torch.equal(tensor.cpu(), b[name].cpu()), name
 
 
 def test_one_shard_and_several(saved: tuple[Path, Any], sharded: Path) -> None:
@@ -150,6 +179,34 @@ def test_nf4_is_quantised_while_reading(saved: tuple[Path, Any], double_quant: b
     assert [len(linear.parts) for linear in linears(decoder)] == [3, 1, 2, 1] * 2
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("precision", ["nf4", "bf16", "fp32"])
+def test_streamed_weights_equal_mapped(
+    tmp_path: Path, case: str, precision: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Several bf16 shards through the ring give every tensor the bits it has from mapped files, and map nothing."""
+    family, options = FAMILIES[case]
+    tiny_model(family, **options).bfloat16().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 3
+    mapped = load_decoder(tmp_path, precision)
+    request.getfixturevalue("streamed")
+    maps = Path("/proc/self/maps")
+    seen = []
+    streamed = load_decoder(
+        tmp_path, precision, on_layer=lambda *_: seen.append(maps.exists() and str(tmp_path) in maps.read_text())
+    )
+    assert_same(streamed, mapped)
+    assert seen == [False, False]
+    assert (streamed.head is streamed.embedding) == ("tied" in case)
+
+
 def test_bitsandbytes_checkpoint(four_bit: tuple[Path, Any]) -> None:
     """A published-style 4-bit checkpoint gives transformers' own 4-bit logits; what it left in 16 bits stays so."""
     folder, theirs = four_bit
@@ -163,6 +220,13 @@ def test_bitsandbytes_checkpoint(four_bit: tuple[Path, Any]) -> None:
     assert (in_bf16 - expected).abs().max() < 0.05 * expected.abs().max()
     dense = packed_logits(load_decoder_of_original(theirs, folder), ROWS)
     assert (dense - expected).abs().max() > 0.01
+
+
+def test_bitsandbytes_checkpoint_streamed(four_bit: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 4-bit checkpoint comes through the ring with the bits of the mapped file."""
+    mapped = load_decoder(four_bit[0], "auto", compute_dtype=torch.float32)
+    monkeypatch.setattr(load, "STREAMED", {"cpu": Ring(2, 256, 2, direct_bytes=100)})
+    assert_same(load_decoder(four_bit[0], "auto", compute_dtype=torch.float32), mapped)
 
 
 def load_decoder_of_original(theirs: Any, folder: Path) -> Decoder:
@@ -264,11 +328,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[DeepDoctorError], str]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["mapped", "streamed"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_folders_are_refused(broken: Path, fault: str) -> None:
-    """Each fault names file or key and value, and says what to do."""
+def test_bad_folders_are_refused(broken: Path, fault: str, way: str, request: pytest.FixtureRequest) -> None:
+    """Each fault names file or key and value, and says what to do; the same for mapped and for streamed weights."""
     damage, kind, message = FAULTS[fault]
     damage(broken)
+    if way == "streamed":
+        request.getfixturevalue("streamed")
     with pytest.raises(kind, match=message) as caught:
         load_decoder(broken, "fp32")
     assert str(broken) in caught.value.message or "quantization_config" in caught.value.message
@@ -276,9 +343,12 @@ def test_bad_folders_are_refused(broken: Path, fault: str) -> None:
         assert caught.value.hint
 
 
-def test_nan_in_a_weight_names_it(broken: Path) -> None:
+@pytest.mark.parametrize("way", ["mapped", "streamed"])
+def test_nan_in_a_weight_names_it(broken: Path, way: str, request: pytest.FixtureRequest) -> None:
     """Quantising a weight that holds nan names folder and tensor."""
     edit_weights(broken, poison)
+    if way == "streamed":
+        request.getfixturevalue("streamed")
     with pytest.raises(ModelError, match=rf"{UP}: .*nan or infinity") as caught:
         load_decoder(broken, "nf4")
     assert str(broken) in caught.value.message
@@ -338,3 +408,30 @@ def test_reading_leaves_files_closed(saved: tuple[Path, Any]) -> None:
     assert set(source.keys()) == set(state) and config.num_layers == 2
     assert all(source.shape(name) == tuple(tensor.shape) for name, tensor in state.items())
     source.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["nf4", "bf16", "fp16"])
+@pytest.mark.parametrize("ring", [Ring(3, 1024, 2, 300), Ring()])
+def test_streamed_weights_equal_mapped_on_a_gpu(
+    tmp_path: Path, precision: str, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU several shards through the ring give every tensor the bits the mapped files give."""
+    config = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": True}
+    tiny_model("llama", **config).bfloat16().save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 3
+    monkeypatch.setattr(load, "STREAMED", {})
+    mapped = load_decoder(tmp_path, precision, "cuda")
+    monkeypatch.setattr(load, "STREAMED", {"cuda": ring})
+    streamed = load_decoder(tmp_path, precision, "cuda")
+    assert_same(streamed, mapped)
+    assert all(tensor.is_cuda for tensor in held(streamed).values())
+
+
+@pytest.mark.gpu
+def test_bitsandbytes_checkpoint_on_a_gpu(four_bit: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 4-bit checkpoint reaches the GPU with the bits the CPU reads."""
+    monkeypatch.setattr(load, "STREAMED", {"cuda": Ring(2, 256, 2, direct_bytes=100)})
+    streamed = load_decoder(four_bit[0], "auto", "cuda", torch.float32)
+    assert all(tensor.is_cuda for tensor in held(streamed).values())
+    assert_same(streamed, load_decoder(four_bit[0], "auto", "cpu", torch.float32))

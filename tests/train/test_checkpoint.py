@@ -11,6 +11,7 @@ from deepdoctor.errors import RunError
 from deepdoctor.model.load import load_decoder
 from deepdoctor.train import checkpoint
 from deepdoctor.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from deepdoctor.train.flat import FlatAdapter
 from deepdoctor.train.optimizer import make_optimizer
 from helpers_train import new_adapter, short_section
 
@@ -66,6 +67,39 @@ def test_everything_comes_back(decoder, trained, tmp_path):
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             assert torch.equal(fresh.state_dict()["state"][number][name], value)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_flat_and_single_checkpoints_are_the_same_files(decoder, tmp_path, kind):
+    """Written flat or single, the bytes are the same, and the flat run goes on from the single run's folder."""
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    section = short_section(lora_rank=128)
+
+    def make(adapter, parameters):
+        for number, p in enumerate(adapter.parameters()):
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+        return make_optimizer(parameters, kind, 1e-2, 0.0, (0.9, 0.999), decoder.device)[0]
+
+    single = new_adapter(decoder, section)
+    flat = FlatAdapter(new_adapter(decoder, section))
+    of_single = make(single, single.parameters())
+    of_flat = make(flat.adapter, [flat.parameter])
+    of_single.step()
+    of_flat.step()
+    theirs = save_checkpoint(tmp_path / "single", single, of_single, Progress(1), "f", "base", 2)
+    mine = save_checkpoint(tmp_path / "flat", flat.adapter, of_flat, Progress(1), "f", "base", 2, flat.pieces)
+    for path in theirs.iterdir():
+        assert (mine / path.name).read_bytes() == path.read_bytes(), path.name
+    other = FlatAdapter(new_adapter(decoder, section, seed=99))
+    of_other = make(other.adapter, [other.parameter])
+    assert load_checkpoint(theirs, other.adapter, of_other, "f", other.pieces) == Progress(1)
+    assert torch.equal(other.parameter, flat.parameter)
+    of_other.step()
+    of_flat.step()
+    assert torch.equal(other.parameter, flat.parameter)
+    assert load_checkpoint(mine, single, of_single, "f") == Progress(1)
 
 
 def test_it_is_safetensors_and_json_and_peft_reads_the_adapter(trained, tmp_path):

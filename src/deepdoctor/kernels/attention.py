@@ -1,8 +1,8 @@
 """Causal attention over packed rows: tokens of one row never see another row.
 
 Rows lie one after another in (T, N, H); ``row_lengths`` says where they end. Each row is one call of PyTorch's fused
-attention, so memory stays linear in T and no (T, T) mask exists. Queries share keys and values in groups of N / K heads
-(GQA, arXiv 2305.13245).
+attention, so memory stays linear in T and no (T, T) mask exists. Several rows on a GPU that need no gradient go through
+one call instead. Queries share keys and values in groups of N / K heads (GQA, arXiv 2305.13245).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepdoctor.errors import KernelInputError
+from deepdoctor.kernels.flash_attention import PackedRows, attend_row, attention_forward, flash_can
 
 __all__ = ["attend_cached", "attend_packed"]
 
@@ -35,11 +36,9 @@ def attend_packed(qkv: Tensor, key_heads: int, row_lengths: Sequence[int]) -> Te
             f"attend_packed: qkv {tuple(qkv.shape)}, {key_heads} key heads, rows {list(row_lengths)[:8]} do not fit: "
             "rows must add up to T, query heads be a multiple of key heads"
         )
-    rows = []
-    for row in qkv.split(list(row_lengths)):
-        q, k, v = row.transpose(0, 1).unsqueeze(0).split([heads, key_heads, key_heads], dim=1)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != key_heads)
-        rows.append(out.squeeze(0).transpose(0, 1))
+    if qkv.is_cuda and len(row_lengths) > 1 and _can_join(qkv):
+        return attention_forward(qkv, key_heads, PackedRows.of(row_lengths, qkv.device), backend="flash")[0]
+    rows = [attend_row(row, key_heads) for row in qkv.split(list(row_lengths))]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -59,3 +58,9 @@ def attend_cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | No
         q.reshape(slots, groups, heads // groups, head_dim), k_cache, v_cache, attn_mask=mask
     )
     return out.reshape(slots, heads, head_dim)
+
+
+def _can_join(qkv: Tensor) -> bool:
+    """Whether all rows can go through one call that keeps nothing for a gradient."""
+    wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
+    return not wants_gradient and qkv.is_contiguous() and flash_can(qkv.device, qkv.dtype, qkv.shape[2])

@@ -29,6 +29,9 @@ Equality with bitsandbytes (0.50.2, compared on CPU and on an H100):
   kernel takes wrong scales where a row is not a whole number of blocks (a (64, 96) weight in blocks of 64, say), and
   the CPU code inside its CUDA build rounds fp16 ties away from zero.
 
+The PyTorch code below is the reference; `nf4_triton.py` gives the same bytes and values on CUDA in one launch each
+(of quantising, the double quantisation stays in PyTorch).
+
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3 and appendix E; Dettmers et al. 2021, 8-bit
 Optimizers via Block-wise Quantization (arXiv 2110.02861), for the dynamic type.
 """
@@ -43,6 +46,7 @@ import torch
 from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
+from deepdoctor.kernels.choose import Impl, use_triton
 
 __all__ = [
     "BLOCK_SIZES",
@@ -148,14 +152,16 @@ def quantize_nf4(
     double_quant: bool = True,
     *,
     scale_rounding: Literal["auto", "nearest", "grid"] = "auto",
+    impl: Impl = "auto",
 ) -> NF4Weight:
-    """Quantise w to NF4, in chunks; the result is on w's device and does not share memory with w.
+    """Quantise w to NF4; the result is on w's device and does not share memory with w.
 
     w               any shape with at least one element, fp32 | bf16 | fp16, finite; copied first if not contiguous
     block_size      one of BLOCK_SIZES
     double_quant    store the scales as 8-bit codes
     scale_rounding  with double_quant: "nearest" is bitsandbytes on CUDA, and so the rule of published checkpoints;
                     "grid" is bitsandbytes on CPU; "auto" takes "grid" for a CPU tensor, "nearest" for any other
+    impl            "torch" works in chunks of fp32; the same bytes either way
 
     Raises KernelInputError on any mismatch above.
     """
@@ -172,8 +178,13 @@ def quantize_nf4(
 
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=w.device)
+    done = 0
+    if use_triton(impl, w):
+        from deepdoctor.kernels.nf4_triton import quantize_blocks_triton
+
+        done = quantize_blocks_triton(flat, packed, absmax, block_size)
     chunk = _chunk_elements(w.device)
-    for start in range(0, n, chunk):
+    for start in range(done, n, chunk):
         values = flat[start : start + chunk].float()
         blocks = slice(start // block_size, start // block_size - (-values.numel() // block_size))
         scaled = _scale_blocks(values, absmax[blocks], block_size)
@@ -196,30 +207,37 @@ def quantize_nf4(
 
 
 @torch.no_grad()
-def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
     """The values that weight stands for: NF4_CODE[index] · scale in fp32, rounded once to dtype.
 
     dtype    fp32 | bf16 | fp16, whatever weight.dtype is
-    out      contiguous, of weight.shape and dtype on weight's device; allocated when None
+    out      of weight.shape and dtype on weight's device, contiguous, or for a matrix a row view: stride(1) == 1 and
+             stride(0) >= columns, what lies between rows is left alone; allocated when None
+    impl     "torch" needs extra memory: the scales in fp32 and one chunk; the same values either way
     returns  out, shape weight.shape
 
-    Extra memory: the scales in fp32 and one chunk. Raises KernelInputError on any mismatch above.
+    Raises KernelInputError on any mismatch above.
     """
     device = weight.packed.device
     if dtype not in FLOAT_DTYPES:
         raise KernelInputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=device)
-    elif tuple(out.shape) != weight.shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+    elif tuple(out.shape) != weight.shape or out.dtype != dtype or out.device != device or not _is_row_view(out):
         raise KernelInputError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}; "
-            f"expected a contiguous {weight.shape} {dtype} on {device}"
+            f"expected a contiguous {weight.shape} {dtype} on {device}, or rows of such a matrix further apart"
         )
+    if use_triton(impl, out):
+        from deepdoctor.kernels.nf4_triton import dequantize_nf4_triton
+
+        dequantize_nf4_triton(weight, out)
+        return out
     scales = block_scales(weight)
     high, low = NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)
     pairs = torch.stack((high, low), dim=1).to(device)  # (256, 2): both elements of each possible byte
-    packed, flat = weight.packed.reshape(-1), out.view(-1)
-    n, size = flat.numel(), weight.block_size
+    packed, n, size = weight.packed.reshape(-1), weight.numel, weight.block_size
+    flat = out.view(-1) if out.is_contiguous() else None
     chunk = _chunk_elements(device)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
@@ -230,7 +248,10 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = N
             values[:full].view(-1, size).mul_(scales[first : first + full // size].unsqueeze(1))
         if full < stop - start:
             values[full:].mul_(scales[-1])
-        flat[start:stop] = values
+        if flat is not None:
+            flat[start:stop] = values
+        else:
+            _write_rows(out, start, values)
     return out
 
 
@@ -244,6 +265,26 @@ def block_scales(weight: NF4Weight) -> Tensor:
     nested = weight.nested_absmax.repeat_interleave(weight.nested_block_size)[: values.numel()]
     # Two roundings, as bitsandbytes: a fused multiply-add would change last bits.
     return values.mul_(nested).add_(weight.nested_offset)
+
+
+def _is_row_view(out: Tensor) -> bool:
+    """Whether out is contiguous, or a matrix of contiguous rows that do not overlap."""
+    return out.is_contiguous() or (out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1])
+
+
+def _write_rows(out: Tensor, start: int, values: Tensor) -> None:
+    """Write values (n,) to the elements of the matrix out from number start on, counted row by row."""
+    columns = out.shape[1]
+    while values.numel():
+        row, column = divmod(start, columns)
+        rows = values.numel() // columns
+        if column or not rows:
+            taken = min(columns - column, values.numel())
+            out[row, column : column + taken] = values[:taken]
+        else:
+            taken = rows * columns
+            out[row : row + rows] = values[:taken].view(rows, columns)
+        start, values = start + taken, values[taken:]
 
 
 def _chunk_elements(device: torch.device) -> int:

@@ -25,11 +25,15 @@ from deepdoctor.kernels.rope import apply_rope, rope_tables
 from deepdoctor.kernels.swiglu import swiglu
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.cpu_weights import Multiply
+from deepdoctor.model.stream import host_empty
 
 if TYPE_CHECKING:
     from deepdoctor.model.adapter import LayerAdapter
 
 __all__ = ["Attend", "Decoder", "DecoderLayer", "FrozenLinear", "PackedAttention"]
+
+HEAD_PART_BYTES = 128 << 20
+"""Bytes of the head that are copied at a time from host memory: about 3 ms at 50 GB/s."""
 
 
 class LinearAdapters(Protocol):
@@ -164,6 +168,8 @@ class Decoder(nn.Module):
     """The whole model up to the last norm; ``head`` turns hidden states into logits.
 
     compute_dtype: dtype of activations and products. precision: how the frozen weights are held ("nf4", "bf16", ...).
+    The embedding (V, D) and, where it is another matrix, the head (V, D) may stay in host memory while the rest is on a
+    GPU (``place_embedding``, ``place_head``); ``embed``, ``logits`` and ``head_parts`` work in either case.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, precision: str):
@@ -184,8 +190,14 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are, and activations go."""
         return self.norm.device
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the frozen weights on the device: all but an embedding or head in host memory."""
+        ends = {t.data_ptr(): t for t in (self.embedding, self.head)}
+        return self.nbytes - sum(t.nbytes for t in ends.values() if t.device != self.device)
 
     @property
     def nbytes(self) -> int:
@@ -214,11 +226,97 @@ class Decoder(nn.Module):
         returns    (T, D) in the compute dtype
         """
         cos, sin = rope_tables(positions, self.inverse_frequencies, self.rope_factor)
-        x = functional.embedding(input_ids, self.embedding)
+        x = self.embed(input_ids)
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend, adapter[number] if adapter is not None else None)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids (T,) int64 -> (T, D) on the device, in the compute dtype.
+
+        Where the embedding is in host memory its rows are gathered there; ids on the CPU then save a wait for the
+        device.
+        """
+        if self.embedding.device == self.device:
+            return functional.embedding(input_ids, self.embedding)
+        ids = input_ids.cpu()
+        size = (ids.numel(), self.embedding.shape[1])
+        rows = torch.empty(size, dtype=self.embedding.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(self.embedding, 0, ids.reshape(-1), out=rows)
+        return rows.to(self.device, non_blocking=True).view(*ids.shape, size[1])
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (T, D) -> (T, V) in the compute dtype."""
-        return functional.linear(hidden, self.head)
+        """hidden (T, D) -> (T, V) in the compute dtype; a head in host memory is copied in parts."""
+        if self.head.device == self.device:
+            return functional.linear(hidden, self.head)
+        logits = hidden.new_empty(*hidden.shape[:-1], self.head.shape[0])
+        start = 0
+        for part in self.head_parts():
+            weight = part()
+            logits[..., start : start + weight.shape[0]] = functional.linear(hidden, weight)
+            start += weight.shape[0]
+        return logits
+
+    def head_parts(self, part_rows: int | None = None) -> list[Callable[[], Tensor]]:
+        """The head in pieces of ``part_rows`` tokens (None: 128 MiB), the last may be smaller.
+
+        Each call returns its piece (V_i, D) in the compute dtype on the device: a view, or a copy of what is in host
+        memory. Copies run on a stream of their own, the next piece's while one is used; two pieces are held.
+        """
+        rows = part_rows or max(1, HEAD_PART_BYTES // (self.head.shape[1] * self.head.element_size()))
+        pieces = self.head.split(rows)
+        if self.head.device == self.device:
+            return [lambda piece=piece: piece for piece in pieces]  # type: ignore[misc]
+        copies = _HostPieces(pieces, self.device)
+        return [lambda number=number: copies.fetch(number) for number in range(len(pieces))]  # type: ignore[misc]
+
+    def place_embedding(self, on_host: bool) -> None:
+        """Move the embedding to host memory or to the device; nothing on a CPU, or where it is the head too."""
+        if self.head is not self.embedding:
+            self.embedding = self._placed(self.embedding, on_host)
+
+    def place_head(self, on_host: bool) -> None:
+        """Move the head to host memory or to the device; nothing on a CPU, or where it is the embedding too."""
+        if self.head is not self.embedding:
+            self.head = self._placed(self.head, on_host)
+
+    def _placed(self, matrix: Tensor, on_host: bool) -> Tensor:
+        if self.device.type == "cpu" or (matrix.device != self.device) == on_host:
+            return matrix
+        if not on_host:
+            return matrix.to(self.device)
+        return host_empty(tuple(matrix.shape), matrix.dtype, pinned=self.device.type == "cuda").copy_(matrix)
+
+
+class _HostPieces:
+    """Pieces of a matrix in host memory, copied to a device when asked for, the next one ahead."""
+
+    def __init__(self, pieces: Sequence[Tensor], device: torch.device):
+        self.pieces = pieces
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead: dict[int, Tensor] = {}
+
+    def fetch(self, number: int) -> Tensor:
+        """Return piece ``number`` on the device, ready for the current stream; begin to copy the one after it."""
+        if self.stream is None:
+            return self.pieces[number].to(self.device)
+        piece = self.ahead.pop(number, None)
+        self.ahead.clear()
+        if piece is None:
+            piece = self._copy(number)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if number + 1 < len(self.pieces):
+            self.ahead[number + 1] = self._copy(number + 1)
+        return piece
+
+    def _copy(self, number: int) -> Tensor:
+        assert self.stream is not None
+        source = self.pieces[number]
+        piece = torch.empty(source.shape, dtype=source.dtype, device=self.device)
+        # The memory may be of a tensor that work already queued still reads.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            piece.copy_(source, non_blocking=True)
+        piece.record_stream(self.stream)
+        return piece

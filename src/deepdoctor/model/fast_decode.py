@@ -97,10 +97,9 @@ class DecodeStep:
             norms = (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm)
             self.layers.append(_Layer(*linears, *(None if n is None else n.to(self.dtype) for n in norms)))  # type: ignore[arg-type]
         self.norm = decoder.norm.to(self.dtype)
-        head = decoder.head
-        self.head: Multiply = lambda x: functional.linear(x, head)
+        self.head: Multiply = decoder.logits
         if packed:
-            decoder.packed_head = decoder.packed_head or packed_multiply(head)
+            decoder.packed_head = decoder.packed_head or packed_multiply(decoder.head)
             self.head = decoder.packed_head
 
     def _rope(self, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +128,7 @@ class DecodeStep:
         count, heads, half = input_ids.shape[0], (config.num_heads, config.num_kv_heads), config.head_dim // 2
         shape = (count, heads[0] + 2 * heads[1], config.head_dim)
         cos, sin = self._rope(places)
-        x = functional.embedding(input_ids, self.decoder.embedding).to(self.dtype)
+        x = self.decoder.embed(input_ids).to(self.dtype)
         if mask is not None:
             mask = mask.to(self.dtype)
         for number, layer in enumerate(self.layers):

@@ -1,7 +1,8 @@
 """Model weights from a folder of safetensors, a GGUF file, the embedded model or the Hub, tensor by tensor.
 
-Each shard is mapped, never read whole; a projection is quantised as soon as it is read, so host memory stays near one
-matrix. Nothing that is downloaded is executed: safetensors and JSON only.
+No shard is read whole: for a CPU it is mapped, for a GPU its tensors are read ahead through a ring of buffers
+(``stream``). A projection is quantised as soon as it is there, so host memory stays near one matrix or the ring, and
+GPU memory near what is kept. Nothing that is downloaded is executed: safetensors and JSON only.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from deepdoctor.kernels.nf4 import NF4Weight, quantize_nf4
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder, DecoderLayer
 from deepdoctor.model.quantize import check_bnb_config, is_bnb_config, read_bnb_state
+from deepdoctor.model.stream import Ring, StreamSource, host_empty
 from deepdoctor.model.tokenizer import Tokenizer
+from deepdoctor.sizes import MIB
 
 __all__ = [
     "TensorSource",
     "choose_device",
+    "limit_memory",
     "load_decoder",
     "load_tokenizer",
     "open_weights",
@@ -35,8 +39,13 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+CONTEXT_MIB = 600
+"""What a CUDA context and the libraries' own memory take of a card beside PyTorch's."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STREAMED = {"cuda": Ring()}
+"""Device types whose weights are streamed from safetensors; any other maps the shards."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -51,6 +60,13 @@ def choose_device(wanted: str) -> torch.device:
             f"torch is {torch.__version__}; install a CUDA build, or set `--model.device cpu`",
         )
     return torch.device("cpu")
+
+
+def limit_memory(device: torch.device, card_mib: float) -> None:
+    """Let PyTorch take no more of the GPU than it could on a card of ``card_mib``; the CUDA context takes the rest."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (card_mib - CONTEXT_MIB) * MIB / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
 
 
 def resolve_model(model_id: str, revision: str | None = None) -> Path:
@@ -84,6 +100,28 @@ def resolve_model(model_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises ModelError where its index is broken or a file is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = dict(names)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            kind = type(error).__name__
+            raise ModelError(f"{index} is broken ({kind}: {error})", "download the model again") from None
+        shards = sorted(set(names.values()))
+    else:
+        shards = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+    if not shards:
+        hint = "only safetensors are read (no pickle); convert the model with save_pretrained(safe_serialization=True)"
+        raise ModelError(f"{folder} has no .safetensors file", hint)
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise ModelError(f"{folder} lacks {shard}, which its index names", "download the model again")
+    return [folder / shard for shard in shards]
+
+
 class TensorSource:
     """Named tensors of a safetensors folder, read one at a time from the mapped shards."""
 
@@ -91,27 +129,8 @@ class TensorSource:
         self.folder = folder
         self._stack = ExitStack()
         self._where: dict[str, Path] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                names = dict(names)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                kind = type(error).__name__
-                raise ModelError(f"{index} is broken ({kind}: {error})", "download the model again") from None
-            shards = sorted(set(names.values()))
-        else:
-            shards = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
-        if not shards:
-            hint = (
-                "only safetensors are read (no pickle); convert the model with save_pretrained(safe_serialization=True)"
-            )
-            raise ModelError(f"{folder} has no .safetensors file", hint)
         self._files = {}
-        for shard in shards:
-            path = folder / shard
-            if not path.exists():
-                raise ModelError(f"{folder} lacks {shard}, which its index names", "download the model again")
+        for path in _shards(folder):
             try:
                 handle = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -156,24 +175,45 @@ def projection_name(layer: int, projection: str) -> str:
 class _Checked:
     """Reads tensors and refuses any whose shape is not the one the config promises."""
 
-    def __init__(self, read: Callable[[str], Tensor], place: Path, device: torch.device):
-        self._read = read
+    def __init__(self, source: TensorSource | StreamSource | _GGUFSource, place: Path, device: torch.device):
+        self.source = source
         self.place = place
         self.device = device
+        self._entries: dict[str, list[str]] = {}
+        for key in source.keys():  # noqa: SIM118
+            name, weight, _ = key.partition(".weight.")
+            if weight:
+                self._entries.setdefault(f"{name}.weight", []).append(key)
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._read(name)
-        if tuple(tensor.shape) != shape:
+    def entries(self, name: str) -> list[str]:
+        """The weight's name, and those of what a 4-bit checkpoint stores with it."""
+        return [name, *self._entries.get(name, ())]
+
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, whatever its shape."""
+        return self.source.take(name) if isinstance(self.source, StreamSource) else self.source.read(name)
+
+    def __call__(self, name: str, shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+        """Return a tensor of that shape, or fill ``out`` (of that shape and any float dtype) with it."""
+        if isinstance(self.source, StreamSource):
+            stored = self.source.stored(name)
+            self._check(name, stored.shape, stored.dtype, shape)
+            return self.source.take(name, out)
+        tensor = self.source.read(name)
+        self._check(name, tuple(tensor.shape), tensor.dtype, shape)
+        return tensor if out is None else out.copy_(tensor)
+
+    def _check(self, name: str, found: tuple[int, ...], dtype: torch.dtype | str, wanted: tuple[int, ...]) -> None:
+        if found != wanted:
             raise ModelError(
-                f"{self.place}: {name} is {tuple(tensor.shape)}, expected {shape} by config.json",
+                f"{self.place}: {name} is {found}, expected {wanted} by config.json",
                 "config.json and weights belong to different models",
             )
-        if tensor.dtype not in DTYPES.values():
+        if dtype not in DTYPES.values():
             raise ModelError(
-                f"{self.place}: {name} is stored as {tensor.dtype}, expected float32, bfloat16 or float16",
+                f"{self.place}: {name} is stored as {dtype}, expected float32, bfloat16 or float16",
                 "give the 16-bit model, or a bitsandbytes NF4 checkpoint (`*-bnb-4bit`)",
             )
-        return tensor
 
 
 def open_weights(path: Path) -> tuple[ModelConfig, TensorSource | _GGUFSource]:
@@ -192,16 +232,23 @@ def load_decoder(
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
     on_layer: Callable[[int, int], None] | None = None,
+    embedding_on_host: bool = False,
 ) -> Decoder:
     """Load a base model, frozen, ready to train an adapter or answer.
 
     path: folder with config.json and safetensors (plain, or bitsandbytes NF4), or a .gguf file. precision: "nf4",
     "bf16", "fp16", "fp32" or "auto" (see ModelSection). compute_dtype: dtype of activations where the base is NF4; null
-    takes the device's fast one. on_layer: called with (layers done, layers in all).
+    takes the device's fast one. on_layer: called with (layers done, layers in all). embedding_on_host: leave the
+    embedding in pinned host memory; ignored on a CPU, and where the head is the embedding.
     Raises ModelError or UnsupportedModelError naming file, tensor and expectation.
     """
     device = torch.device(device)
-    config, source = open_weights(path)
+    source: TensorSource | StreamSource | _GGUFSource
+    if device.type in STREAMED and path.suffix != ".gguf":
+        config = ModelConfig.from_folder(path)
+        source = StreamSource(path, _shards(path), device, STREAMED[device.type])
+    else:
+        config, source = open_weights(path)
     quantised = is_bnb_config(dict(config.raw))
     if quantised:
         check_bnb_config(dict(config.raw))
@@ -214,39 +261,55 @@ def load_decoder(
 
     held, compute = resolve_precision("nf4" if quantised else precision, device, compute_dtype)
     decoder = Decoder(config, compute, held)
-    read = _Checked(source.read, path, device)
-    hidden, vocab = config.hidden_size, config.vocab_size
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=compute, copy=True)
+    read = _Checked(source, path, device)
+    ends = (config.vocab_size, config.hidden_size)
+    tied = config.tie_word_embeddings
 
     try:
-        decoder.embedding = place(read("model.embed_tokens.weight", (vocab, hidden)))
+        if isinstance(source, StreamSource):
+            source.start(_reading_order(decoder, read))
+        on_host = embedding_on_host and not tied and device.type != "cpu"
+        if on_host:
+            embedding = host_empty(ends, compute, pinned=device.type == "cuda")
+        else:
+            embedding = torch.empty(ends, dtype=compute, device=device)
+        decoder.embedding = read(EMBEDDING, ends, embedding)
         for number, layer in enumerate(decoder.layers):
             assert isinstance(layer, DecoderLayer)
-            _load_layer(layer, config, read, source, held, place, quantised, double_quant)
+            _load_layer(layer, config, read, held, quantised, double_quant)
             if on_layer:
                 on_layer(number + 1, config.num_layers)
-        decoder.norm = place(read("model.norm.weight", (hidden,)))
-        tied = config.tie_word_embeddings
-        decoder.head = decoder.embedding if tied else place(read("lm_head.weight", (vocab, hidden)))
+        decoder.norm = read("model.norm.weight", (config.hidden_size,)).to(device, compute, copy=True)
+        if tied:
+            decoder.head = decoder.embedding
+        else:
+            decoder.head = read(HEAD, ends, torch.empty(ends, dtype=compute, device=device))
     finally:
         source.close()
-    decoder.to(device)
+    decoder.inverse_frequencies = decoder.inverse_frequencies.to(device)
     return decoder.eval()
 
 
+def _reading_order(decoder: Decoder, read: _Checked) -> list[str]:
+    """Names of the matrices in the order in which they are loaded."""
+    names = [EMBEDDING]
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        for linear in layer.linears:
+            for projection in linear.names:
+                names += read.entries(f"{projection_name(layer.number, projection)}.weight")
+    return names if decoder.config.tie_word_embeddings else [*names, HEAD]
+
+
 def _load_layer(
-    layer: DecoderLayer,
-    config: ModelConfig,
-    read: _Checked,
-    source: TensorSource | _GGUFSource,
-    held: str,
-    place: Callable[[Tensor], Tensor],
-    quantised: bool,
-    double_quant: bool,
+    layer: DecoderLayer, config: ModelConfig, read: _Checked, held: str, quantised: bool, double_quant: bool
 ) -> None:
     stem = f"model.layers.{layer.number}"
+    compute = layer.qkv.compute_dtype
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device=read.device, dtype=compute, copy=True)
+
     layer.input_norm = place(read(f"{stem}.input_layernorm.weight", (config.hidden_size,)))
     layer.post_attention_norm = place(read(f"{stem}.post_attention_layernorm.weight", (config.hidden_size,)))
     if config.qk_norm:
@@ -254,42 +317,34 @@ def _load_layer(
         layer.k_norm = place(read(f"{stem}.self_attn.k_norm.weight", (config.head_dim,)))
     biased = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     for linear, has_bias in zip(layer.linears, biased.values(), strict=True):
+        width = linear.in_features
         names = [projection_name(layer.number, projection) for projection in linear.names]
         if has_bias:
             biases = [read(f"{n}.bias", (s,)) for n, s in zip(names, linear.sizes, strict=True)]
             linear.bias = place(torch.cat(biases))
-        if held != "nf4":
-            parts = [
-                place(read(f"{n}.weight", (s, linear.in_features))) for n, s in zip(names, linear.sizes, strict=True)
-            ]
-            linear.weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if held == "nf4":
+            linear.parts = tuple(
+                _part(f"{n}.weight", (s, width), read, compute, quantised, double_quant)
+                for n, s in zip(names, linear.sizes, strict=True)
+            )
             continue
-        linear.parts = tuple(
-            _part(f"{n}.weight", (s, linear.in_features), read, source, place, quantised, double_quant)
-            for n, s in zip(names, linear.sizes, strict=True)
-        )
+        weight = torch.empty(sum(linear.sizes), width, dtype=compute, device=read.device)
+        for name, start, size in zip(names, linear.starts, linear.sizes, strict=True):
+            read(f"{name}.weight", (size, width), weight[start : start + size])
+        linear.weight = weight
 
 
 def _part(
-    name: str,
-    shape: tuple[int, int],
-    read: _Checked,
-    source: TensorSource | _GGUFSource,
-    place: Callable[[Tensor], Tensor],
-    quantised: bool,
-    double_quant: bool,
+    name: str, shape: tuple[int, int], read: _Checked, compute: torch.dtype, quantised: bool, double_quant: bool
 ) -> NF4Weight | Tensor:
     """Read a projection that is NF4 as it is; keep what a 4-bit checkpoint left in 16 bits; quantise any other."""
-    if f"{name}.absmax" in source:
-        prefix = f"{name}."
-        names = [key for key in list(source.keys()) if key.startswith(prefix)]
-        stored = {key: source.read(key) for key in (name, *names)}
-        weight = read_bnb_state(stored, name)
+    if f"{name}.absmax" in read.source:
+        weight = read_bnb_state({key: read.raw(key) for key in read.entries(name)}, name)
         if tuple(weight.shape) != shape:
             raise ModelError(f"{read.place}: {name} is {tuple(weight.shape)}, expected {shape} by config.json")
         return weight.to(read.device)
     if quantised:
-        return place(read(name, shape))
+        return read(name, shape, torch.empty(shape, dtype=compute, device=read.device))
     try:
         return quantize_nf4(read(name, shape).to(read.device), double_quant=double_quant)
     except KernelInputError as error:

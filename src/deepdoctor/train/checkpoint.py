@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deepdoctor.errors import RunError
 from deepdoctor.model.adapter import ADAPTER_FILE, Adapter
+from deepdoctor.train.flat import Piece
 from deepdoctor.train.optimizer import optimizer_state, restore_optimizer
 
 __all__ = ["Progress", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -46,10 +48,12 @@ def save_checkpoint(
     fingerprint: str,
     base_model: str,
     keep: int,
+    pieces: Sequence[Piece] | None = None,
 ) -> Path:
     """Write ``folder/step-NNNNNN`` and drop all but the newest ``keep``. Returns the new folder.
 
-    fingerprint: hash of everything that decides the curve; a resume with another one is refused.
+    fingerprint: hash of everything that decides the curve; a resume with another one is refused. pieces:
+    ``FlatAdapter.pieces`` where the optimizer works on the flat parameter; the files are the same either way.
     Raises RunError where the disk is full or read-only; older checkpoints stay whole.
     """
     target = folder / f"step-{progress.step:06d}"
@@ -60,7 +64,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         adapter.save(partial, base_model)
-        tensors, numbers = optimizer_state(optimizer)
+        tensors, numbers = optimizer_state(optimizer, pieces)
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -98,9 +102,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
+def load_checkpoint(
+    path: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    pieces: Sequence[Piece] | None = None,
+) -> Progress:
     """Restore adapter, optimizer and random states in place and return the progress.
 
+    pieces: as for ``save_checkpoint``; what was saved flat goes on with single parameters and the other way round.
     Raises RunError where the checkpoint was made by another recipe or cannot be read.
     """
     try:
@@ -121,5 +132,5 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    restore_optimizer(optimizer, tensors, state["optimizer"])
+    restore_optimizer(optimizer, tensors, state["optimizer"], pieces)
     return Progress(**state["progress"])

@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepdoctor.data.pack import micro_batches, pack
 from deepdoctor.data.prompt import EncodedRow
 from deepdoctor.errors import TrainingError
-from deepdoctor.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from deepdoctor.model.adapter import Adapter
-from deepdoctor.model.decoder import Decoder, PackedAttention
+from deepdoctor.model.decoder import Decoder
 from deepdoctor.recipe import TrainSection
 from deepdoctor.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from deepdoctor.train.held_out import held_out_losses, mean_loss
+from deepdoctor.train.gradients import EngineGradients, Gradients, Prepared, Replan, make_gradients
+from deepdoctor.train.held_out import mean_loss
 from deepdoctor.train.optimizer import learning_rate_at, make_optimizer
 from deepdoctor.train.order import step_rows, total_steps
-from deepdoctor.train.plan import memory_in_use_mib
+from deepdoctor.train.plan import Plan, memory_in_use_mib
 
 __all__ = ["Interrupted", "TrainResult", "train"]
 
@@ -40,6 +39,10 @@ log = logging.getLogger(__name__)
 
 FP16_FIRST_SCALE = 1024.0
 """fp16 gradients of a mean loss fall below 6e-8, where fp16 ends; 1,024 lifts them and leaves 60x to the top."""
+
+
+PROBED_STEPS = 2000
+"""Steps among which the largest micro-batch is looked for."""
 
 
 class Interrupted(Exception):
@@ -58,6 +61,8 @@ class TrainResult:
     progress: Progress
     optimizer: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    plan: Plan | None = None
+    """The plan that was trained by in the end, where the engine trained."""
 
 
 @dataclass
@@ -77,6 +82,8 @@ def train(
     seed: int,
     folder: Path,
     token_budget: int,
+    plan: Plan | None = None,
+    replan: Replan | None = None,
     fingerprint: str = "",
     base_model: str = "",
     held_out: Sequence[EncodedRow] = (),
@@ -88,7 +95,8 @@ def train(
     """Train ``adapter`` in place.
 
     rows, held_out: encoded rows. folder: gets ``metrics.jsonl`` and ``checkpoints/``. token_budget: packed tokens of a
-    micro-batch. fingerprint: hash of what decides the curve. row_names: for messages, e.g. "rows.jsonl:12".
+    micro-batch. plan: with an engine, trains by it; replan: what to do when memory runs out. fingerprint: hash of what
+    decides the curve. row_names: for messages, e.g. "rows.jsonl:12".
     resume: go on from the newest checkpoint. on_step: called with each step's metrics and the number of steps.
     Raises TrainingError for a non-finite loss or gradient (naming step and rows), Interrupted after Ctrl-C.
     """
@@ -97,9 +105,9 @@ def train(
     order = step_rows(len(rows), section.global_batch_size, steps, seed, section.shuffle)
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     adapter.to(decoder.device).train()
-    parameters = list(adapter.parameters())
+    gradients = make_gradients(decoder, adapter, section, token_budget, plan, replan)
     optimizer, optimizer_name = make_optimizer(
-        parameters,
+        gradients.parameters,
         section.optimizer,
         section.learning_rate,
         section.weight_decay,
@@ -111,31 +119,47 @@ def train(
     torch.manual_seed(seed)
     newest = latest_checkpoint(checkpoints) if resume else None
     if newest is not None:
-        progress = load_checkpoint(newest, adapter, optimizer, fingerprint)
+        progress = load_checkpoint(newest, adapter, optimizer, fingerprint, gradients.pieces)
+        gradients.after_update()
         log.info("resumed from %s", newest)
     metrics_path = folder / "metrics.jsonl"
     metrics = _keep_metrics(metrics_path, progress.step)
 
     def save() -> Path:
         return save_checkpoint(
-            checkpoints, adapter, optimizer, progress, fingerprint, base_model, section.keep_checkpoints
+            checkpoints,
+            adapter,
+            optimizer,
+            progress,
+            fingerprint,
+            base_model,
+            section.keep_checkpoints,
+            gradients.pieces,
         )
 
+    def prepare(step: int) -> Prepared | None:
+        return gradients.prepare([rows[i] for i in order[step]]) if step < steps else None
+
+    if isinstance(gradients, EngineGradients):
+        gradients.probe([[rows[i] for i in step] for step in order[:PROBED_STEPS]])
+    ready = prepare(progress.step)
     with metrics_path.open("a", encoding="utf-8") as sink, _stop_after_step() as stop:
         for step in range(progress.step, steps):
             started = time.perf_counter()
             rate = learning_rate_at(step, steps, section.learning_rate, section.schedule, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = [rows[i] for i in order[step]]
-            loss, tokens, labels = _gradients(decoder, adapter, chosen, section, token_budget, progress)
+            assert ready is not None
+            now = ready
+            waiting, norm_waiting = _gradients(gradients, now, section, progress)
+            ready = prepare(step + 1)  # while the GPU is at work
+            loss, norm = float(waiting), float(norm_waiting)
             _refuse_non_finite("loss", loss, step, order[step], row_names)
-            norm = _gradient_norm(parameters)
             _refuse_non_finite("gradient norm", norm, step, order[step], row_names)
-            if section.max_grad_norm and norm > section.max_grad_norm:
-                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], section.max_grad_norm / norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradients.zero()
+            gradients.after_update()
+            tokens, labels = now.tokens, now.labels
             seconds = time.perf_counter() - started
             progress.step += 1
             progress.updates_applied += 1
@@ -147,7 +171,7 @@ def train(
                 "loss": loss,
                 "learning_rate": rate,
                 "grad_norm": norm,
-                "rows": len(chosen),
+                "rows": len(now.rows),
                 "tokens": tokens,
                 "label_tokens": labels,
                 "tokens_per_s": tokens / seconds,
@@ -157,7 +181,7 @@ def train(
                 "loss_scale": progress.loss_scale,
             }
             if held_out and section.eval_steps and progress.step % section.eval_steps == 0 and progress.step < steps:
-                line["held_out_loss"] = mean_loss(held_out_losses(decoder, adapter, held_out, token_budget))
+                line["held_out_loss"] = mean_loss(gradients.held_out(held_out))
                 hooks.on_held_out(progress.step, line["held_out_loss"])
             metrics.append(line)
             sink.write(json.dumps(line) + "\n")
@@ -168,52 +192,31 @@ def train(
             if section.save_steps and progress.step % section.save_steps == 0:
                 save()
         save()
+    gradients.close()
     adapter.eval()
-    return TrainResult(steps, progress, optimizer_name, metrics)
+    return TrainResult(steps, progress, optimizer_name, metrics, plan=getattr(gradients, "plan", None))
 
 
 def _gradients(
-    decoder: Decoder,
-    adapter: Adapter,
-    rows: Sequence[EncodedRow],
-    section: TrainSection,
-    token_budget: int,
-    progress: Progress,
-) -> tuple[float, int, int]:
-    """Accumulate the step's gradient in the fp32 masters; return mean loss, tokens and label tokens.
+    gradients: Gradients, step: Prepared, section: TrainSection, progress: Progress
+) -> tuple[Tensor | float, Tensor | float]:
+    """Leave the step's gradient, clipped, in the fp32 masters; return mean loss and norm before clipping.
 
     In fp16 an overflow halves the loss scale and computes the same step again, so no update is ever skipped.
     """
-    labels = sum(sum(label != IGNORE_INDEX for label in row.labels[1:]) for row in rows)
-    if not labels:
-        return float("nan"), 0, 0
-    groups = micro_batches([len(row.input_ids) for row in rows], token_budget, section.micro_batch_size)
+    if not step.labels:
+        return float("nan"), 0.0
     while True:
-        total = torch.zeros((), dtype=torch.float64)
-        for group in groups:
-            batch = pack([rows[i] for i in group]).to(decoder.device)
-            attend = PackedAttention(decoder.config.num_kv_heads, batch.row_lengths)
-            hidden = decoder(batch.input_ids, batch.positions, attend, adapter.prepare(decoder))
-            losses = linear_cross_entropy(hidden[batch.predict], decoder.head, batch.labels)
-            loss = losses.sum() / labels
-            (loss * progress.loss_scale).backward()
-            total += losses.detach().double().sum().cpu() / labels
-        if progress.loss_scale == 1.0 or not math.isfinite(float(total)):
-            break
-        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / progress.loss_scale)
-        if math.isfinite(_gradient_norm(list(adapter.parameters()))) or progress.loss_scale <= 1:
-            break
+        loss = gradients.compute(step, progress.loss_scale)
+        if progress.loss_scale == 1.0:
+            return loss, gradients.clip(section.max_grad_norm)
+        gradients.unscale(1 / progress.loss_scale)
+        norm = gradients.clip(section.max_grad_norm)
+        if math.isfinite(float(norm)) or not math.isfinite(float(loss)) or progress.loss_scale <= 1:
+            return loss, norm
         progress.loss_scale /= 2
         log.warning("fp16 overflow: loss scale lowered to %g, step computed again", progress.loss_scale)
-        adapter.zero_grad(set_to_none=True)
-    return float(total), sum(len(row.input_ids) for row in rows), labels
-
-
-def _gradient_norm(parameters: Sequence[Tensor]) -> float:
-    """Global L2 norm of all gradients, one synchronisation."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+        gradients.zero()
 
 
 def _refuse_non_finite(what: str, value: float, step: int, rows: Sequence[int], names: Sequence[str]) -> None:

@@ -1,20 +1,40 @@
-"""AdamW in fp32 or with 8-bit state, the learning-rate schedules, and their state as plain tensors."""
+"""AdamW in fp32 or with 8-bit state, the learning-rate schedules, clipping, and the state as plain tensors."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepdoctor.errors import MissingExtraError, RunError
+from deepdoctor.model.adapter import Adapter
+from deepdoctor.train.flat import Piece
 
-__all__ = ["learning_rate_at", "make_optimizer", "optimizer_state", "restore_optimizer"]
+__all__ = [
+    "can_flatten",
+    "clip_on_device",
+    "learning_rate_at",
+    "make_optimizer",
+    "optimizer_state",
+    "restore_optimizer",
+]
 
 log = logging.getLogger(__name__)
+
+_BLOCK = 256
+"""Elements that share one absmax in bitsandbytes' 8-bit state."""
+_SMALLEST_8BIT = 4096
+"""Tensors with fewer elements keep fp32 state in bitsandbytes (min_8bit_size)."""
+_LARGEST_8BIT = 2**31 - 1
+"""bitsandbytes passes the number of elements to its CUDA kernel as int32."""
+_UNITS = {"exp_avg": 1, "exp_avg_sq": 1, "state1": 1, "state2": 1, "absmax1": _BLOCK, "absmax2": _BLOCK}
+"""State that is laid out along the parameter: its elements per value. The rest is the same for every parameter."""
+_NORM_CHUNK = 512
+"""Elements whose squares are summed in fp32; the sums are added in fp64."""
 
 
 def learning_rate_at(step: int, steps: int, peak: float, schedule: str, warmup_steps: int) -> float:
@@ -63,37 +83,134 @@ def make_optimizer(
     return torch.optim.AdamW(listed, **settings, fused=device.type in ("cuda", "cpu")), "adamw"
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def can_flatten(adapter: Adapter, kind: str) -> bool:
+    """Say whether one flat tensor of all parameters is updated exactly as the single tensors are.
+
+    kind: what ``make_optimizer`` says is used. fp32 AdamW works element by element: always. 8-bit AdamW scales blocks
+    of 256 elements and keeps fp32 state for tensors of fewer than 4,096: where every parameter is whole blocks and
+    large enough.
+    """
+    if kind != "adamw_8bit":
+        return True
+    sizes = [p.numel() for p in adapter.parameters()]
+    return sum(sizes) <= _LARGEST_8BIT and all(n >= _SMALLEST_8BIT and n % _BLOCK == 0 for n in sizes)
+
+
+def clip_on_device(gradient: Tensor, max_norm: float) -> Tensor:
+    """Scale ``gradient`` (n,) in place so that its L2 norm is at most ``max_norm``; return the norm before, () fp64.
+
+    max_norm: 0 only measures. A gradient whose norm is not finite stays as it is. Nothing waits for the device.
+    """
+    whole = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
+    norms = torch.linalg.vector_norm(gradient[:whole].view(-1, _NORM_CHUNK), dim=1)
+    rest = torch.linalg.vector_norm(gradient[whole:]).view(1)
+    norm = torch.linalg.vector_norm(torch.cat([norms, rest]).double())
+    if max_norm:
+        factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1), torch.ones_like(norm))
+        gradient.mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, pieces: Sequence[Piece] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state as named tensors ("3.exp_avg"), copied, and plain numbers, ready for safetensors and JSON.
+
+    pieces: ``FlatAdapter.pieces`` where the optimizer holds its one parameter; the state is cut and numbered as that of
+    the single parameters would be.
 
     bitsandbytes wraps its tensors in an inner dict, which is laid flat, and shares its quantisation maps between
     parameters, which safetensors refuses, hence the copies. Its load_state_dict takes the flat form.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-
-    def put(stem: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                put(stem, value)
-            elif isinstance(value, Tensor):
-                tensors[f"{stem}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+    entries = {number: _plain(state) for number, state in optimizer.state_dict()["state"].items()}
+    if pieces is not None and entries:
+        assert list(entries) == [0], "pieces belong to an optimizer of one flat parameter"
+        entries = dict(enumerate(_cut(entries[0], pieces)))
+    for number, entry in entries.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
             else:
-                numbers[f"{stem}.{name}"] = value
-
-    for number, state in optimizer.state_dict()["state"].items():
-        put(str(number), state)
+                numbers[f"{number}.{name}"] = value
     return tensors, numbers
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put saved state back. Raises RunError where it belongs to another adapter."""
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Lay inner dicts flat and copy tensors to the CPU."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat.update(_plain(value))
+        elif isinstance(value, Tensor):
+            flat[name] = value.detach().to("cpu", copy=True).contiguous()
+        else:
+            flat[name] = value
+    return flat
+
+
+def _cut(whole: dict[str, Any], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return the state of each piece: slices of what lies along the parameter, a copy of the rest."""
+
+    def part(name: str, value: Any, piece: Piece) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if name not in _UNITS:
+            return value.clone()
+        unit = _UNITS[name]
+        cut = value.view(-1)[piece.start // unit : (piece.start + piece.size) // unit]
+        return cut.view(piece.shape) if unit == 1 else cut
+
+    return [{name: part(name, value, piece) for name, value in whole.items()} for piece in pieces]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
+    pieces: Sequence[Piece] | None = None,
+) -> None:
+    """Put saved state back. pieces: as for ``optimizer_state``; flat and single state are saved alike.
+
+    Raises RunError where the state belongs to another adapter, or to the other kind of AdamW.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers.items()]:
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     whole = optimizer.state_dict()
-    if len(state) not in (0, len(whole["param_groups"][0]["params"])):
-        raise RunError("the checkpoint's optimizer state belongs to another adapter", "start a new run")
+    expected = len(whole["param_groups"][0]["params"]) if pieces is None else len(pieces)
+    if state and sorted(state) != list(range(expected)):
+        raise _another_adapter()
+    if state and ("exp_avg" in state[0]) != isinstance(optimizer, torch.optim.AdamW):
+        kinds = ("8-bit", "fp32") if isinstance(optimizer, torch.optim.AdamW) else ("fp32", "8-bit")
+        raise RunError(
+            f"the checkpoint keeps the optimizer's state in {kinds[0]}, this run would in {kinds[1]}",
+            "bitsandbytes decides which for adamw_8bit: install or remove it as it was, or start a new run",
+        )
+    if pieces is not None and state:
+        state = {0: _join([state[number] for number in range(expected)], pieces)}
     whole["state"] = state
     optimizer.load_state_dict(whole)
+
+
+def _join(entries: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Return the state of the flat parameter. Raises RunError where an entry does not have its piece's size."""
+    whole = dict(entries[0])
+    total = sum(piece.size for piece in pieces)
+    if any(entry.keys() != whole.keys() or entry["step"] != whole["step"] for entry in entries):
+        raise _another_adapter()
+    for name in whole.keys() & _UNITS.keys():
+        unit = _UNITS[name]
+        whole[name] = torch.empty(total // unit, dtype=whole[name].dtype)
+        for entry, piece in zip(entries, pieces, strict=True):
+            if entry[name].numel() * unit != piece.size or entry[name].dtype != whole[name].dtype:
+                raise _another_adapter()
+            start = piece.start // unit
+            whole[name][start : start + entry[name].numel()] = entry[name].view(-1)
+    return whole
+
+
+def _another_adapter() -> RunError:
+    return RunError("the checkpoint's optimizer state belongs to another adapter", "start a new run")

@@ -1,7 +1,8 @@
 """What a run will take on this machine, worked out from the model's shape and the rows' lengths.
 
 Every figure is an estimate with its arithmetic beside it; the run records predicted and measured peak next to each
-other. Bytes are of the decoder in ``model/decoder.py`` as it is: nothing is recomputed, except silu and the norms.
+other. On a GPU the engine trains, and ``train/ladder.py`` chooses its settings. On a CPU, and with dropout, autograd
+does: bytes are then those of the decoder in ``model/decoder.py``, where nothing is recomputed but silu and the norms.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ from typing import Any
 
 import torch
 
+from deepdoctor.engine.layout import LayerShape
 from deepdoctor.errors import TrainingError
+from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.kernels.linear_cross_entropy import CHUNK_TOKENS
+from deepdoctor.model.adapter import projection_sizes
 from deepdoctor.model.config import ModelConfig
+from deepdoctor.model.load import CONTEXT_MIB
 from deepdoctor.recipe import TrainSection
-from deepdoctor.train.order import total_steps
+from deepdoctor.sizes import MIB
+from deepdoctor.train.ladder import Choice, Fixed, choose, smallest
+from deepdoctor.train.order import step_rows, total_steps
 
 __all__ = ["Plan", "make_plan", "memory_in_use_mib", "peak_memory_mib"]
 
-MIB = 2**20
-RUNTIME_MIB = {"cpu": 450, "cuda": 600}
-"""Python with torch loaded; CUDA context and library workspaces."""
+RUNTIME_MIB = {"cpu": 450, "cuda": CONTEXT_MIB}
+"""Python with torch loaded; CUDA context and the libraries' own memory."""
 CPU_ACTIVATIONS_MIB = 1300
 """Activations a CPU run aims for: products are at full speed from about 700 tokens on, more only costs memory."""
 GPU_SHARE = 0.9
-"""Share of the card's memory a plan fills; the rest is fragmentation."""
+"""Share of the memory that an autograd plan fills; the rest is fragmentation."""
+ENGINE_SHARE = 0.975
+"""The same for the engine, whose memory is one block."""
+EXACT_STEPS = 2000
+"""Steps whose micro-batches are worked out one by one; of longer runs only the budget is known."""
+STEP_SHARE = 0.75
+"""Share of the matrix-product rate that a whole step reaches on an H100; used before anything is measured."""
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Per weight. NF4 with double quantisation: 4 bits, one byte per 64 weights, one fp32 per 256 of those bytes."""
 
@@ -58,25 +70,69 @@ class Plan:
     operations_per_token: float
     disk_mib: float
     lengths_measured: bool
+    engine: Choice | None = None
+    tokens_per_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        values["engine"] = self.engine.to_json() if self.engine else None
+        return values
 
     def lines(self) -> list[str]:
         """Return the plan as short sentences for the terminal."""
         source = "measured" if self.lengths_measured else "assumed, rows not read"
-        return [
+        lines = [
             f"base {self.parameters / 1e6:,.1f} M weights held as {self.precision}, computed in {self.compute_dtype} "
             f"on {self.device}: {self.weights_mib:,.0f} MiB",
             f"adapter {self.trainable_parameters / 1e6:,.2f} M weights: {self.adapter_mib:,.0f} MiB with gradients, "
             f"optimizer {self.optimizer_mib:,.0f} MiB",
-            f"micro-batches of up to {self.token_budget:,} tokens x {self.activation_bytes_per_token / 1000:,.0f} kB, "
-            f"logits chunk {self.logits_mib:,.0f} MiB",
-            f"predicted peak {self.predicted_peak_mib:,.0f} MiB of {self.available_mib:,.0f} MiB",
-            f"{self.steps} steps over {self.rows} rows (longest {self.longest_row} tokens, {source}), "
-            f"about {self.tokens:,} tokens; disk {self.disk_mib:,.0f} MiB",
         ]
+        if self.engine is None:
+            lines.append(
+                f"micro-batches of up to {self.token_budget:,} tokens x {self.activation_bytes_per_token / 1000:,.0f} "
+                f"kB, logits chunk {self.logits_mib:,.0f} MiB"
+            )
+        else:
+            lines += _engine_lines(self.engine)
+        lines.append(f"predicted peak {self.predicted_peak_mib:,.0f} MiB of {self.available_mib:,.0f} MiB")
+        speed = ""
+        if self.tokens_per_s:
+            minutes = self.tokens / self.tokens_per_s / 60
+            speed = f"; about {self.tokens_per_s:,.0f} tok/s, {minutes:,.1f} min"
+        lines.append(
+            f"{self.steps} steps over {self.rows} rows (longest {self.longest_row} tokens, {source}), "
+            f"about {self.tokens:,} tokens{speed}; disk {self.disk_mib:,.0f} MiB"
+        )
+        return lines
+
+
+RUNG_WORDS = {
+    "keep": "keep everything",
+    "elementwise": "compute norms and silu again",
+    "gate_up": "compute gate/up again",
+    "layer": "keep their input alone",
+    "host": "keep their input in host memory",
+}
+
+
+def _engine_lines(choice: Choice) -> list[str]:
+    ladder = ", ".join(f"{count} layers {RUNG_WORDS[rung]}" for rung, count in choice.counts())
+    chunk = f" in chunks of {choice.chunk_tokens:,}" if choice.chunk_tokens < choice.max_tokens else ""
+    held = "frozen matrices ready in 16 bits" if choice.keep_matrices else "frozen matrices dequantised at each use"
+    host = [
+        name
+        for name, there in (("embedding", choice.embedding_on_host), ("head", choice.head_rows is not None))
+        if there
+    ]
+    where = f"; {' and '.join(host)} in host memory" if host else ""
+    return [
+        f"micro-batches of up to {choice.max_tokens:,} tokens{chunk}, {choice.micro_batches:.1f} a step; {held}{where}",
+        f"{ladder}: {choice.extra_work:.0%} more products than without",
+        "memory: "
+        + ", ".join(f"{name} {nbytes / MIB:,.0f}" for name, nbytes in choice.parts.items() if nbytes)
+        + f" MiB; host {choice.host_bytes / MIB:,.0f} MiB",
+    ]
 
 
 def activation_bytes(config: ModelConfig, section: TrainSection, element: int) -> int:
@@ -96,8 +152,6 @@ def activation_bytes(config: ModelConfig, section: TrainSection, element: int) -
         elements += qkv
         floats += config.num_heads + config.num_kv_heads
     if section.lora_dropout:
-        from deepdoctor.model.adapter import projection_sizes
-
         elements += 2 * sum(projection_sizes(config)[target][1] for target in section.target_modules)
     return config.num_layers * (elements * element + 4 * floats) + config.hidden_size * element + 4 * config.head_dim
 
@@ -112,12 +166,35 @@ def make_plan(
     compute_dtype: torch.dtype,
     memory_mib: float | None = None,
     lengths_measured: bool = True,
+    seed: int = 0,
+    attention: Backend = "flash",
+    held_out_longest: int = 0,
+    matmul_rate: float | None = None,
+    spare_mib: float = 0.0,
+    held_mib: float = 0.0,
 ) -> Plan:
-    """Predict memory, work and disk, and choose the token budget.
+    """Predict memory, work and disk, and choose the micro-batch and, on a GPU, the engine's settings.
 
-    lengths: tokens of each training row. memory_mib: what the run may take (null: what the machine has).
-    Raises TrainingError where even one row at a time does not fit, saying what would.
+    lengths: tokens of each training row, in order. memory_mib: the card or machine to plan for (null: this one's free
+    memory). seed: decides which rows meet in a step. attention: the engine's backend. held_out_longest: tokens of the
+    longest held-out row. matmul_rate: operations per second of a large product here, for the expected speed. spare_mib:
+    memory to leave unused. held_mib: of the free memory, what the loaded base holds already. Raises TrainingError where not even one row at a time fits, saying what would.
     """
+    if device.type == "cuda" and not section.lora_dropout:
+        return _engine_plan(
+            config,
+            section,
+            lengths,
+            device=device,
+            precision=precision,
+            compute_dtype=compute_dtype,
+            available=_engine_room(device, memory_mib, held_mib) - spare_mib,
+            lengths_measured=lengths_measured,
+            seed=seed,
+            attention=attention,
+            held_out_longest=held_out_longest,
+            matmul_rate=matmul_rate,
+        )
     element = torch.finfo(compute_dtype).bits // 8
     held = BYTES[precision]
     weights = (config.linear_parameters * held + (config.embedding_parameters + _vectors(config)) * element) / MIB
@@ -153,15 +230,7 @@ def make_plan(
             if fits > 64
             else "take a smaller model or `--model.precision nf4`",
         )
-    steps = total_steps(len(lengths), section.global_batch_size, section.max_steps, section.epochs)
-    seen = steps * section.global_batch_size * sum(lengths) / len(lengths)
-    merged = config.parameters * 2 / MIB
     return Plan(
-        device=str(device),
-        precision=precision,
-        compute_dtype=str(compute_dtype).removeprefix("torch."),
-        parameters=config.parameters,
-        trainable_parameters=pairs,
         weights_mib=weights,
         adapter_mib=adapter,
         optimizer_mib=optimizer,
@@ -170,14 +239,172 @@ def make_plan(
         token_budget=budget,
         predicted_peak_mib=peak,
         available_mib=available,
-        rows=len(lengths),
-        longest_row=longest,
-        steps=steps,
-        tokens=math.ceil(seen),
-        operations_per_token=4.0 * (config.linear_parameters + config.vocab_size * config.hidden_size),
-        disk_mib=(section.keep_checkpoints + 1) * (adapter + optimizer) + adapter / 2 + merged,
-        lengths_measured=lengths_measured,
+        **_common(config, section, lengths, device, precision, compute_dtype, adapter, optimizer, lengths_measured),
     )
+
+
+def _common(
+    config: ModelConfig,
+    section: TrainSection,
+    lengths: Sequence[int],
+    device: torch.device,
+    precision: str,
+    compute_dtype: torch.dtype,
+    adapter: float,
+    optimizer: float,
+    lengths_measured: bool,
+) -> dict[str, Any]:
+    """What a plan says whichever way the run trains."""
+    steps = total_steps(len(lengths), section.global_batch_size, section.max_steps, section.epochs)
+    seen = steps * section.global_batch_size * sum(lengths) / len(lengths)
+    merged = config.parameters * 2 / MIB
+    return {
+        "device": str(device),
+        "precision": precision,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "parameters": config.parameters,
+        "trainable_parameters": _trainable(config, section),
+        "rows": len(lengths),
+        "longest_row": max(lengths),
+        "steps": steps,
+        "tokens": math.ceil(seen),
+        "operations_per_token": 4.0 * (config.linear_parameters + config.vocab_size * config.hidden_size),
+        "disk_mib": (section.keep_checkpoints + 1) * (adapter + optimizer) + adapter / 2 + merged,
+        "lengths_measured": lengths_measured,
+    }
+
+
+def _engine_room(device: torch.device, memory_mib: float | None, held_mib: float) -> float:
+    """MiB that PyTorch may allocate: the card, or what is free on it, less what the CUDA context takes."""
+    if memory_mib is not None:
+        return memory_mib - RUNTIME_MIB["cuda"]
+    if not torch.cuda.is_available():
+        return 81920.0 - RUNTIME_MIB["cuda"]
+    free, total = (value / MIB for value in torch.cuda.mem_get_info(device))
+    reserved = torch.cuda.memory_reserved(device) / MIB
+    return min(total - RUNTIME_MIB["cuda"], free + max(reserved, held_mib))
+
+
+def _fixed(config: ModelConfig, section: TrainSection, shape: LayerShape, precision: str, element: int) -> Fixed:
+    sides = shape.matrices().values()
+    embedding = config.vocab_size * config.hidden_size * element
+    trainable = _trainable(config, section)
+    return Fixed(
+        linears=round(config.linear_parameters * BYTES[precision]),
+        matrices=config.num_layers * sum(out * inn for out, inn in sides) * element,
+        dense=precision != "nf4",
+        vectors=_vectors(config) * element,
+        embedding=embedding,
+        head=embedding,
+        tied=config.tie_word_embeddings,
+        masters=trainable * 4,
+        optimizer=round(trainable * (2 + 8 / 256 if section.optimizer == "adamw_8bit" else 8)),
+    )
+
+
+def _engine_plan(
+    config: ModelConfig,
+    section: TrainSection,
+    lengths: Sequence[int],
+    *,
+    device: torch.device,
+    precision: str,
+    compute_dtype: torch.dtype,
+    available: float,
+    lengths_measured: bool,
+    seed: int,
+    attention: Backend,
+    held_out_longest: int,
+    matmul_rate: float | None,
+) -> Plan:
+    element = compute_dtype.itemsize
+    shape = LayerShape.of(config, section.lora_rank, tuple(section.target_modules))
+    fixed = _fixed(config, section, shape, precision, element)
+    count = total_steps(len(lengths), section.global_batch_size, section.max_steps, section.epochs)
+    order = step_rows(len(lengths), section.global_batch_size, min(count, EXACT_STEPS), seed, section.shuffle)
+    steps = [[lengths[i] for i in step] for step in order]
+    longest = max(max(lengths), held_out_longest)
+    choice = choose(
+        config,
+        shape,
+        fixed,
+        steps,
+        int(available * ENGINE_SHARE * MIB),
+        element=element,
+        attention=attention,
+        budget=section.micro_batch_tokens,
+        max_rows=section.micro_batch_size,
+        longest=longest,
+        exact=count <= EXACT_STEPS,
+    )
+    if choice is None and section.micro_batch_tokens:
+        free = section.model_copy(update={"micro_batch_tokens": None})
+        arguments = dict(device=device, precision=precision, compute_dtype=compute_dtype, available=available)
+        other = _engine_plan(
+            config,
+            free,
+            lengths,
+            **arguments,  # type: ignore[arg-type]
+            lengths_measured=lengths_measured,
+            seed=seed,
+            attention=attention,
+            held_out_longest=held_out_longest,
+            matmul_rate=None,
+        )
+        raise TrainingError(
+            f"micro-batches of {section.micro_batch_tokens} tokens do not fit into {available:,.0f} MiB",
+            f"set `--train.micro_batch_tokens {other.token_budget}`, or leave it out",
+        )
+    if choice is None:
+        raise _does_not_fit(config, shape, fixed, longest, available, element, attention, precision)
+    adapter, optimizer = fixed.masters * 2 / MIB, fixed.optimizer / MIB
+    common = _common(config, section, lengths, device, precision, compute_dtype, adapter, optimizer, lengths_measured)
+    speed = None
+    if matmul_rate is not None:
+        speed = STEP_SHARE * matmul_rate / (choice.cost / (sum(map(sum, steps)) / len(steps)))
+    return Plan(
+        weights_mib=(fixed.linears + fixed.vectors + fixed.embedding + (0 if fixed.tied else fixed.head)) / MIB,
+        adapter_mib=adapter,
+        optimizer_mib=optimizer,
+        activation_bytes_per_token=round(choice.parts["arena"] / choice.max_tokens),
+        logits_mib=choice.logit_tokens * config.vocab_size * element / MIB,
+        token_budget=choice.max_tokens,
+        predicted_peak_mib=choice.peak_bytes / MIB,
+        available_mib=available,
+        engine=choice,
+        tokens_per_s=speed,
+        **common,
+    )
+
+
+def _does_not_fit(
+    config: ModelConfig,
+    shape: LayerShape,
+    fixed: Fixed,
+    longest: int,
+    available: float,
+    element: int,
+    attention: Backend,
+    precision: str,
+) -> TrainingError:
+    """Say what is missing and what would fit."""
+    room = available * ENGINE_SHARE
+
+    def needed(tokens: int) -> float:
+        return smallest(config, shape, fixed, tokens, element=element, attention=attention).peak_bytes / MIB
+
+    message = (
+        f"one row of {longest} tokens needs {needed(longest):,.0f} MiB on the GPU, {room:,.0f} MiB are there for it"
+    )
+    fits = 0
+    for power in range(longest.bit_length(), 3, -1):
+        if fits + 2**power < longest and needed(fits + 2**power) <= room:
+            fits += 2**power
+    if fits >= 64:
+        return TrainingError(message, f"rows of up to {fits} tokens fit: set `--data.max_seq_len {fits}`")
+    if precision != "nf4":
+        return TrainingError(message, "hold the base in 4 bits: `--model.precision nf4`, or take a smaller model")
+    return TrainingError(message, "take a smaller model, e.g. deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
 
 
 def _vectors(config: ModelConfig) -> int:
@@ -192,8 +419,6 @@ def _vectors(config: ModelConfig) -> int:
 
 
 def _trainable(config: ModelConfig, section: TrainSection) -> int:
-    from deepdoctor.model.adapter import projection_sizes
-
     sizes = projection_sizes(config)
     return config.num_layers * section.lora_rank * sum(sum(sizes[target]) for target in section.target_modules)
 

@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 
 from deepdoctor.data.store import PreparedData
 from deepdoctor.errors import RunError
+from deepdoctor.kernels.flash_attention import choose_attention
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.recipe import Recipe
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
+from deepdoctor.sizes import MIB, parse_size
 from deepdoctor.train.loop import train
 from deepdoctor.train.plan import Plan, make_plan, peak_memory_mib
 
@@ -32,9 +34,11 @@ def _fingerprint(recipe: Recipe, content_hash: str) -> str:
     return hashlib.sha256((json.dumps(decided, sort_keys=True) + content_hash).encode()).hexdigest()
 
 
-def make_run_plan(session: Session, data: PreparedData) -> Plan:
-    """Return the plan for the loaded base and the real row lengths."""
+def make_run_plan(session: Session, data: PreparedData, spare_mib: float = 0.0) -> Plan:
+    """Return the plan for the loaded base and the real row lengths; spare_mib: memory to leave unused."""
     decoder = session.decoder
+    vram = session.recipe.model.vram
+    attention = choose_attention(decoder.device, decoder.compute_dtype, decoder.config.head_dim)
     return make_plan(
         decoder.config,
         session.recipe.train,
@@ -42,6 +46,12 @@ def make_run_plan(session: Session, data: PreparedData) -> Plan:
         device=decoder.device,
         precision=decoder.precision,
         compute_dtype=decoder.compute_dtype,
+        memory_mib=parse_size(vram, "model.vram") if vram and decoder.device.type == "cuda" else None,
+        seed=session.recipe.seed,
+        attention=attention,
+        held_out_longest=max((len(encoded.input_ids) for _, encoded in data.held_out), default=0),
+        spare_mib=spare_mib,
+        held_mib=decoder.device_nbytes / MIB if decoder.device.type == "cuda" else 0.0,
     )
 
 
@@ -84,6 +94,8 @@ def train_adapter(session: Session, data: PreparedData, resume: bool) -> Adapter
             seed=recipe.seed,
             folder=folder,
             token_budget=plan.token_budget,
+            plan=plan,
+            replan=lambda spare_mib: make_run_plan(session, data, spare_mib),
             fingerprint=_fingerprint(recipe, data.content_hash),
             base_model=recipe.model.id,
             held_out=[encoded for _, encoded in data.held_out],
@@ -93,6 +105,7 @@ def train_adapter(session: Session, data: PreparedData, resume: bool) -> Adapter
             on_held_out=lambda step, loss: reporter.say(f"train: held-out loss {loss:.3f} after step {step}"),
         )
     progress = result.progress
+    plan = result.plan or plan
     peak = peak_memory_mib(session.decoder.device)
     summary = {
         "steps": result.steps,

@@ -1,0 +1,345 @@
+"""One decoder layer, forward and backward, chunk by chunk, on any rung of the recompute ladder.
+
+Forward, chunk by chunk: norm, qkv, RoPE; attention over all tokens; then o, norm, gate/up, SwiGLU, down. Backward runs
+the same three phases in reverse. What a rung has not saved is computed again by the same calls in the same order, so
+every rung gives the same bits. Letters as in ``engine/layout.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepdoctor.engine.arena import Arena, aligned
+from deepdoctor.engine.bordered import Bordered, Masters
+from deepdoctor.engine.layout import (
+    LayerShape,
+    Rung,
+    backward_chunk,
+    backward_layer,
+    forward_chunk,
+    forward_layer,
+    saved,
+)
+from deepdoctor.kernels.flash_attention import Backend, PackedRows, attention_backward, attention_forward
+from deepdoctor.kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
+from deepdoctor.kernels.rope import rope_backward, rope_qkv_
+from deepdoctor.kernels.swiglu import swiglu_backward_, swiglu_forward
+from deepdoctor.model.decoder import DecoderLayer
+
+__all__ = ["Batch", "LayerEngine", "Saved"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every layer needs of the micro-batch. cos, sin (T, H/2) fp32."""
+
+    tokens: int
+    rows: PackedRows
+    cos: Tensor
+    sin: Tensor
+    attention: Backend
+    chunk: int
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut the tokens into chunks."""
+        for start in range(0, self.tokens, self.chunk):
+            yield slice(start, min(start + self.chunk, self.tokens))
+
+
+@dataclass
+class Saved:
+    """A layer's state between forward and backward. mark: arena level below it; x_in (T, D): the layer's input."""
+
+    mark: int
+    x_in: Tensor | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    attention: tuple[Tensor, ...] = ()
+    rstd1: list[Tensor] = field(default_factory=list)
+    rstd2: list[Tensor] = field(default_factory=list)
+
+
+class LayerEngine:
+    """Forward and backward of one layer; keeps no activations itself."""
+
+    def __init__(self, layer: DecoderLayer, shape: LayerShape, names: tuple[str, ...], scale: float, masters: Masters):
+        self.layer = layer
+        self.shape = shape
+        self.eps = layer.eps
+        self.qkv, self.o, self.gate_up, self.down = (
+            Bordered(linear, layer.number, names, rank, scale, masters)
+            for linear, rank in zip(layer.linears, shape.ranks, strict=True)
+        )
+
+    @property
+    def matrices(self) -> tuple[Bordered, Bordered, Bordered, Bordered]:
+        """The four bordered matrices in the order they are used."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def _matrix(self, bordered: Bordered, arena: Arena) -> Tensor:
+        if bordered.kept is not None:
+            return bordered.kept
+        shape = (bordered.out + bordered.rank, bordered.inn + bordered.rank)
+        return bordered.write(arena.take(shape, bordered.linear.compute_dtype))
+
+    def forward(self, x: Tensor, pending: Tensor | None, out: Tensor, rung: Rung, batch: Batch, arena: Arena) -> Saved:
+        """Run the layer.
+
+        x (T, D): the layer's input, or what is still to be added to ``pending`` (T, D) to give it; holds the input
+        afterwards. out (T, D): receives the layer's output, or, where the rung saves ``x_mid``, what is to be added to
+        that. Buffers that backward needs stay on the arena above the mark at entry.
+        """
+        kept = Saved(arena.top, x, arena.take_all(saved(self.shape, rung, batch.tokens), x.dtype))
+        mark = arena.top
+        across = kept.buffers or arena.take_all(forward_layer(self.shape, rung, batch.tokens), x.dtype)
+        below = arena.top if kept.buffers else arena.top - aligned(across["qkv"].nbytes)
+        before, after = forward_chunk(self.shape, rung, min(batch.chunk, batch.tokens))
+        self._project(x, pending, across, before, kept, rung, batch, arena)
+        heads = across["heads"][:, : self.shape.attended]
+        _, attention = attention_forward(
+            self._by_head(across["qkv"]),
+            self.shape.key_heads,
+            batch.rows,
+            backend=batch.attention,
+            out=heads.unflatten(1, (self.shape.heads, self.shape.head_dim)),
+        )
+        if kept.buffers:
+            kept.attention = attention
+        del attention
+        arena.release(below)
+        self._feed_forward(x, out, across, after, kept, rung, batch, arena)
+        arena.release(mark)
+        return kept
+
+    def _by_head(self, flat: Tensor) -> Tensor:
+        return flat.unflatten(1, (-1, self.shape.head_dim))
+
+    def _project(
+        self,
+        x: Tensor,
+        pending: Tensor | None,
+        across: dict[str, Tensor],
+        scratch: dict[str, tuple[int, ...]],
+        kept: Saved,
+        rung: Rung,
+        batch: Batch,
+        arena: Arena,
+    ) -> None:
+        """Norm, qkv and RoPE of all chunks; in recompute ``kept`` collects nothing but the norm's factors."""
+        mark = arena.top
+        matrix = self._matrix(self.qkv, arena)
+        buffers = arena.take_all(scratch, x.dtype)
+        hidden = self.shape.hidden
+        kept.rstd1.clear()
+        for part in batch.chunks():
+            n1 = across["n1"][part] if "n1" in across else buffers["n1"][: part.stop - part.start]
+            base, delta = (x[part], None) if pending is None else (pending[part], x[part])
+            _, _, rstd = add_rms_norm(base, delta, self.layer.input_norm, self.eps, out=n1[:, :hidden])
+            kept.rstd1.append(rstd)
+            self.qkv.extend(n1, matrix)
+            if "u1" in across:
+                across["u1"][part] = n1[:, hidden:]
+            qkv = across["qkv"][part]
+            self.qkv.forward(n1, matrix, qkv)
+            self._rotate(qkv, across, part, batch)
+        arena.release(mark)
+
+    def _rotate(self, qkv: Tensor, across: dict[str, Tensor], part: slice, batch: Batch) -> None:
+        shape = self.shape
+        rotated = shape.heads + shape.key_heads
+        if self.layer.q_norm is not None and self.layer.k_norm is not None:
+            width = rotated * shape.head_dim
+            raw = across["qk_raw"][part] if "qk_raw" in across else qkv[:, :width].clone()
+            raw.copy_(qkv[:, :width])
+            for columns, weight in self._normed(shape):
+                flat = raw[:, columns].reshape(-1, shape.head_dim)
+                _, y, _ = add_rms_norm(flat, None, weight, self.eps)
+                qkv[:, columns] = y.view(qkv.shape[0], -1)
+        rope_qkv_(self._by_head(qkv), batch.cos[part], batch.sin[part], rotated)
+
+    def _normed(self, shape: LayerShape) -> list[tuple[slice, Tensor]]:
+        """Columns of q and of k with their norm's weight (Qwen3)."""
+        assert self.layer.q_norm is not None and self.layer.k_norm is not None
+        query = shape.heads * shape.head_dim
+        return [
+            (slice(0, query), self.layer.q_norm),
+            (slice(query, query + shape.key_heads * shape.head_dim), self.layer.k_norm),
+        ]
+
+    def _mlp_input(self, x: Tensor, x_mid: Tensor, heads: Tensor, n2: Tensor, matrix: Tensor) -> Tensor:
+        """x_mid = x + o(heads), n2 = [norm(x_mid), u]; returns the norm's factors."""
+        self.o.extend(heads, matrix)
+        self.o.forward(heads, matrix, x_mid)
+        _, _, rstd = add_rms_norm(x, x_mid, self.layer.post_attention_norm, self.eps, out=n2[:, : self.shape.hidden])
+        return rstd
+
+    def _feed_forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        across: dict[str, Tensor],
+        scratch: dict[str, tuple[int, ...]],
+        kept: Saved,
+        rung: Rung,
+        batch: Batch,
+        arena: Arena,
+    ) -> None:
+        shape, wide = self.shape, 2 * self.shape.wide
+        o, gate_up, down = (self._matrix(m, arena) for m in (self.o, self.gate_up, self.down))
+        buffers = arena.take_all(scratch, x.dtype)
+        for part in batch.chunks():
+            here: dict[str, Tensor] = {n: across[n][part] for n in ("x_mid", "n2", "gu", "act") if n in across}
+            here.update({name: buffer[: part.stop - part.start] for name, buffer in buffers.items()})
+            n2, gu, act, x_mid = here["n2"], here["gu"], here["act"], here["x_mid"]
+            kept.rstd2.append(self._mlp_input(x[part], x_mid, across["heads"][part], n2, o))
+            self.gate_up.extend(n2, gate_up)
+            self.gate_up.forward(n2, gate_up, gu[:, :wide])
+            swiglu_forward(gu[:, :wide], out=act[:, : shape.wide])
+            self.down.extend(act, down)
+            self.down.forward(act, down, out[part])
+            if rung == "elementwise":
+                across["u2"][part] = n2[:, shape.hidden :]
+                across["ud"][part] = act[:, shape.wide :]
+            if "x_mid" not in across:
+                out[part] += x_mid
+
+    def backward(self, kept: Saved, stream: Tensor, rung: Rung, batch: Batch, arena: Arena, last: bool = False) -> None:
+        """Turn the gradient of the output in ``stream`` (T, D + R) into that of the input, adding to A's and B's.
+
+        last: the layer below is the embedding, which is frozen, so that the input's gradient is left out.
+        """
+        shape = self.shape
+        x = kept.x_in
+        assert x is not None
+        mark = arena.top
+        across = {**kept.buffers, **arena.take_all(backward_layer(shape, rung, batch.tokens), x.dtype)}
+        again, middle, final = backward_chunk(shape, rung, min(batch.chunk, batch.tokens))
+        heads = across["heads"][:, : shape.attended].unflatten(1, (shape.heads, shape.head_dim))
+        attention = kept.attention
+        if rung in ("layer", "host"):
+            self._project(x, None, across, again, kept, rung, batch, arena)
+            _, attention = attention_forward(
+                self._by_head(across["qkv"]), shape.key_heads, batch.rows, backend=batch.attention, out=heads
+            )
+        self._feed_forward_backward(x, stream, across, middle, kept, rung, batch, arena)
+        d_qkv = attention_backward(
+            self._by_head(across["d_heads"]),
+            self._by_head(across["qkv"]),
+            heads,
+            attention,
+            shape.key_heads,
+            batch.rows,
+            backend=batch.attention,
+        )
+        self._project_backward(x, d_qkv, stream, across, final, kept, batch, arena, last)
+        arena.release(mark)
+
+    def _feed_forward_backward(
+        self,
+        x: Tensor,
+        stream: Tensor,
+        across: dict[str, Tensor],
+        scratch: dict[str, tuple[int, ...]],
+        kept: Saved,
+        rung: Rung,
+        batch: Batch,
+        arena: Arena,
+    ) -> None:
+        """From the output's gradient to those of x_mid (in ``stream``) and of the attention's output (``d_heads``)."""
+        shape, hidden, wide = self.shape, self.shape.hidden, 2 * self.shape.wide
+        _, ro, rg, rd = shape.ranks
+        mark = arena.top
+        o, gate_up, down = (self._matrix(m, arena) for m in (self.o, self.gate_up, self.down))
+        buffers = arena.take_all(scratch, x.dtype)
+        names = ("x_mid", "n2", "gu", "act", "u2", "ud")
+        for number, part in enumerate(batch.chunks()):
+            here = {name: across[name][part] for name in names if name in across}
+            here.update({name: buffer[: part.stop - part.start] for name, buffer in buffers.items()})
+            x_mid, n2, gu, act, d_act, d_n2 = (here[n] for n in ("x_mid", "n2", "gu", "act", "d_act", "d_n2"))
+            dy = stream[part]
+            if rung in ("layer", "host"):
+                rstd = self._mlp_input(x[part], x_mid, across["heads"][part], n2, o)
+            else:
+                rstd = kept.rstd2[number]
+                if rung != "keep":
+                    normalise(x_mid, rstd, self.layer.post_attention_norm, out=n2[:, :hidden])
+            if "u2" in here:
+                u2 = here["u2"]
+            else:
+                if rung != "keep":
+                    self.gate_up.extend(n2, gate_up)
+                    self.gate_up.forward(n2, gate_up, gu[:, :wide])
+                u2 = n2[:, hidden : hidden + rg]
+            self.down.extend_gradient(dy, down)
+            self.down.input_gradient(dy[:, : hidden + rd], down, d_act)
+            swiglu_backward_(gu[:, :wide], d_act, act=None if rung == "keep" else act[:, : shape.wide])
+            if rung == "keep":
+                ud = act[:, shape.wide :]
+            else:
+                ud = here["ud"]
+                if rung != "elementwise":
+                    self.down.inner(act[:, : shape.wide], down, ud)
+            self.down.a_gradients(dy[:, : hidden + rd], act[:, : shape.wide])
+            self.down.b_gradients(dy[:, : hidden + rd], ud)
+            self.gate_up.extend_gradient(gu, gate_up)
+            self.gate_up.input_gradient(gu, gate_up, d_n2)
+            self.gate_up.a_gradients(gu, n2[:, :hidden])
+            self.gate_up.b_gradients(gu, u2)
+            rms_norm_backward(d_n2, x_mid, rstd, self.layer.post_attention_norm, add=dy[:, :hidden], out=dy[:, :hidden])
+            heads = across["heads"][part]
+            self.o.extend_gradient(dy, o)
+            self.o.input_gradient(dy[:, : hidden + ro], o, across["d_heads"][part])
+            self.o.a_gradients(dy[:, : hidden + ro], heads[:, : shape.attended])
+            self.o.b_gradients(dy[:, : hidden + ro], heads[:, shape.attended :])
+        arena.release(mark)
+
+    def _project_backward(
+        self,
+        x: Tensor,
+        d_qkv: tuple[Tensor, Tensor, Tensor],
+        stream: Tensor,
+        across: dict[str, Tensor],
+        scratch: dict[str, tuple[int, ...]],
+        kept: Saved,
+        batch: Batch,
+        arena: Arena,
+        last: bool,
+    ) -> None:
+        """From the gradients of q, k and v to that of the layer's input."""
+        hidden = self.shape.hidden
+        mark = arena.top
+        matrix = self._matrix(self.qkv, arena)
+        buffers = arena.take_all(scratch, x.dtype)
+        for number, part in enumerate(batch.chunks()):
+            count = part.stop - part.start
+            dy, d_n1 = buffers["d_qkv"][:count], buffers["d_n1"][:count]
+            rope_backward(d_qkv[0][part], d_qkv[1][part], d_qkv[2][part], batch.cos[part], batch.sin[part], out=dy)
+            if "qk_raw" in across:
+                self._qk_norm_backward(dy, across["qk_raw"][part])
+            rstd = kept.rstd1[number]
+            if "n1" in buffers:
+                n1 = normalise(x[part], rstd, self.layer.input_norm, out=buffers["n1"][:count])
+                u1 = across["u1"][part]
+            else:
+                n1, u1 = across["n1"][part][:, :hidden], across["n1"][part][:, hidden:]
+            self.qkv.extend_gradient(dy, matrix)
+            self.qkv.a_gradients(dy, n1)
+            self.qkv.b_gradients(dy, u1)
+            if last:
+                continue
+            self.qkv.input_gradient(dy, matrix, d_n1)
+            into = stream[part][:, :hidden]
+            rms_norm_backward(d_n1, x[part], rstd, self.layer.input_norm, add=into, out=into)
+        arena.release(mark)
+
+    def _qk_norm_backward(self, dy: Tensor, raw: Tensor) -> None:
+        """Take the gradient of q and k in ``dy`` back through their norms (Qwen3); raw (C, (N + K) H)."""
+        for columns, weight in self._normed(self.shape):
+            flat = raw[:, columns].reshape(-1, self.shape.head_dim)
+            # The factors again rather than kept: one fp32 number per head and token.
+            _, _, rstd = add_rms_norm(flat, None, weight, self.eps)
+            gradient = dy[:, columns].reshape(-1, self.shape.head_dim)
+            dy[:, columns] = rms_norm_backward(gradient, flat, rstd, weight).view(dy.shape[0], -1)
