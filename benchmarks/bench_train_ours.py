@@ -1,7 +1,8 @@
 """Our side of the training benchmark, through the code that `deepdoctor run` goes through.
 
-Settings of a case (all optional): precision ("nf4", "bf16", ...), memory_mib (what the run may take, as `--vram`),
-micro_batch_tokens (token budget; null: the plan's choice), global_batch_size, max_seq_len, learning_rate, skip.
+Settings of a case (all optional): precision ("nf4", "bf16", ...), memory_mib (what PyTorch may allocate; a card has
+CONTEXT_MIB more), micro_batch_tokens (token budget; null: the plan's choice), global_batch_size, max_seq_len,
+learning_rate, skip.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CONTEXT_MIB = 600
+"""As deepdoctor.model.load has it; here without importing torch."""
+
 __all__ = ["load_case", "recipe_values", "train_case"]
 
 STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
@@ -23,11 +27,13 @@ STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
 
 def recipe_values(base: Path, rows: Path, settings: Mapping[str, Any], steps: int, runs_dir: Path) -> dict[str, Any]:
     """A recipe like recipes/tutorial.yaml on local rows and a local base, the rows in file order."""
+    capped = settings.get("memory_mib")
+    vram = f"{capped + CONTEXT_MIB:.0f}MiB" if capped else None
     return {
         "name": "bench",
         "runs_dir": str(runs_dir),
         "seed": 3407,
-        "model": {"id": str(base), "precision": settings.get("precision", "nf4")},
+        "model": {"id": str(base), "precision": settings.get("precision", "nf4"), "vram": vram},
         "data": {
             "source": str(rows),
             "held_out": 0,
@@ -71,7 +77,7 @@ def train_case(base: Path, rows: Path, tokenizer: Path, settings: Mapping[str, A
     from deepdoctor.run_folder import RunFolder
     from deepdoctor.session import Session
     from deepdoctor.train.loop import train
-    from deepdoctor.train.plan import make_plan
+    from deepdoctor.train.stage import make_run_plan
     from deepdoctor.ui import Reporter
 
     import_s = time.perf_counter() - started
@@ -86,16 +92,7 @@ def train_case(base: Path, rows: Path, tokenizer: Path, settings: Mapping[str, A
         decoder = session.decoder
         _synchronize()
         load_s = time.perf_counter() - started
-        # The memory cap, the precision and the token budget meet here.
-        plan = make_plan(
-            decoder.config,
-            recipe.train,
-            [len(row.input_ids) for row in encoded],
-            device=decoder.device,
-            precision=decoder.precision,
-            compute_dtype=decoder.compute_dtype,
-            memory_mib=settings.get("memory_mib"),
-        )
+        plan = make_run_plan(session, data)
         for line in plan.lines():
             print(f"plan: {line}", file=sys.stderr)
         clock = _Clock(settings.get("skip", 0))
@@ -112,6 +109,8 @@ def train_case(base: Path, rows: Path, tokenizer: Path, settings: Mapping[str, A
             seed=recipe.seed,
             folder=folder,
             token_budget=plan.token_budget,
+            plan=plan,
+            replan=lambda spare_mib: make_run_plan(session, data, spare_mib),
             on_step=clock.on_step,
         )
     # The loss comes from the loop's own record: it may hand a step over before its loss is known.
@@ -123,11 +122,11 @@ def train_case(base: Path, rows: Path, tokenizer: Path, settings: Mapping[str, A
         "import_s": import_s,
         "load_s": load_s,
         "to_first_step_s": clock.first_step_s,
-        "predicted_peak_gib": plan.predicted_peak_mib / 1024,
+        "predicted_peak_gib": (result.plan or plan).predicted_peak_mib / 1024,
         "token_budget": plan.token_budget,
         "longest_row": plan.longest_row,
         "rows": len(encoded),
-        "plan": plan.to_json(),
+        "plan": (result.plan or plan).to_json(),
         **clock.peaks(),
     }
 

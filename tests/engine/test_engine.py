@@ -192,3 +192,18 @@ def test_losses_equal_the_decoder(folder) -> None:
     engine.close()
     again, _ = plain(decoder, adapter, batch, 1.0)
     torch.testing.assert_close(again, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rung", ["keep", "layer", "host"])
+def test_a_few_layers_warm_up(folder, rung) -> None:
+    """Running the first layer only leaves the next full pass as it was."""
+    batch = pack(synthetic_rows(3))
+    expected_loss, expected, _ = by_engine(*fresh(folder), batch, 1.0, rung=rung)
+    decoder, adapter = fresh(folder)
+    _, _, engine = by_engine(decoder, adapter, batch, 1.0, rung=rung)
+    rows = Rows(batch.input_ids, batch.positions, batch.row_lengths, batch.predict, batch.labels)
+    engine.gradients(rows, 1.0, layers=1)
+    adapter.zero_grad(set_to_none=False)
+    assert torch.equal(engine.gradients(rows, 1.0), expected_loss)
+    for name, parameter in adapter.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name

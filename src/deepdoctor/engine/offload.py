@@ -68,13 +68,16 @@ class HostInputs:
             assert event is not None
             torch.cuda.current_stream().wait_event(event)
 
-    def fetch(self, number: int, ring: list[Tensor]) -> Tensor:
-        """Return layer ``number``'s input on the device and begin to bring the one below it."""
+    def fetch(self, number: int, ring: list[Tensor], first: bool) -> Tensor:
+        """Return layer ``number``'s input on the device and begin to bring the one below it.
+
+        first: whether this is the first fetch of a backward.
+        """
         place = ring[number % RING]
         if not self.cuda:
             place.copy_(self.buffers[number][: place.shape[0]])
             return place
-        if number == self.layers - 1:
+        if first:
             self.freed = [None] * self.layers
             self._bring(number, ring)
         if number:
@@ -87,9 +90,8 @@ class HostInputs:
     def _bring(self, number: int, ring: list[Tensor]) -> None:
         place = ring[number % RING]
         above = number + RING
-        if above < self.layers:
-            event = self.freed[above]
-            assert event is not None
+        event = self.freed[above] if above < self.layers else None
+        if event is not None:
             self.stream.wait_event(event)
         else:
             # The slot held what forward left there.

@@ -28,7 +28,13 @@ from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.model.adapter import LoraSettings
 from deepdoctor.model.decoder import Decoder, DecoderLayer
 
-__all__ = ["Engine", "EngineSettings", "Rows"]
+__all__ = ["Engine", "EngineSettings", "Rows", "padded"]
+
+
+def padded(tokens: int) -> int:
+    """Round up to a size that comes often: multiples of 128, of 16 below 1,024."""
+    step = 128 if tokens > 1024 else 16
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,13 @@ class Engine:
         return Batch(tokens, packed, cos, sin, self.settings.attention, self.settings.chunk_tokens)
 
     @torch.no_grad()
-    def gradients(self, rows: Rows, scale: float) -> Tensor:
-        """Add the gradient of ``scale`` times the summed loss to the masters'; return the summed loss, () fp32."""
+    def gradients(self, rows: Rows, scale: float, layers: int | None = None) -> Tensor:
+        """Add the gradient of ``scale`` times the summed loss to the masters'; return the summed loss, () fp32.
+
+        layers: run only the first so-many, which gives no meaningful loss but warms every kernel of this size up.
+        """
         batch = self._batch(rows)
-        arena, rungs = self.arena, self.settings.rungs
+        arena, rungs = self.arena, self.settings.rungs[:layers]
         arena.release(0)
         hidden = self.shape.hidden
         stream = arena.take((batch.tokens, self.shape.stream), self.dtype)
@@ -138,7 +147,7 @@ class Engine:
         marks: list[int] = []
         x, pending = self._input(0, ring, batch), None
         x.copy_(self.decoder.embed(rows.input_ids))
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:layers]):
             marks.append(arena.top)
             out = self._input(number + 1, ring, batch)
             if rungs[number] == "host":
@@ -150,10 +159,10 @@ class Engine:
             x.add_(pending)
         loss = self._loss(x, rows, stream, scale)
         del x, pending, out
-        for number in reversed(range(len(self.layers))):
+        for number in reversed(range(len(rungs))):
             state, kept[number] = kept[number], Saved(0)
             if rungs[number] == "host":
-                state.x_in = self.host.fetch(number, ring)
+                state.x_in = self.host.fetch(number, ring, first=number == min(self.hosted, len(rungs)) - 1)
             self.layers[number].backward(state, stream, rungs[number], batch, arena, last=number == 0)
             self.host.done(number)
             del state
@@ -190,18 +199,24 @@ class Engine:
         """Last norm, head and loss of the tokens that have a label, a chunk of them at a time."""
         decoder, eps = self.decoder, self.decoder.config.rms_norm_eps
         parts = self.settings.head_rows and decoder.head_parts(self.settings.head_rows)
-        at_once = len(rows.predict) if parts else self.settings.logit_tokens
+        at_once = max(1, len(rows.predict) if parts else self.settings.logit_tokens)
         found = []
-        for where, labels in zip(rows.predict.split(max(at_once, 1)), rows.labels.split(max(at_once, 1)), strict=True):
+        for where, labels in zip(rows.predict.split(at_once), rows.labels.split(at_once), strict=True):
+            count = len(where)
+            if not parts and count < at_once:
+                # Products of few sizes: each new one makes cuBLAS load kernels, and that waits for the whole queue.
+                spare = where.new_zeros(min(at_once, padded(count)) - count)
+                where, labels = torch.cat([where, spare]), torch.cat([labels, spare])
             chosen = x.index_select(0, where)
             _, h, rstd = add_rms_norm(chosen, None, decoder.norm, eps)
             if parts:
                 losses, dh = linear_cross_entropy_by_vocabulary(h, parts, labels, scale=scale)
             else:
                 losses, dh = linear_cross_entropy_backward_chunks(
-                    h, decoder.head, labels, scale=scale, chunk_tokens=max(at_once, 1), out_dh=h
+                    h, decoder.head, labels, scale=scale, chunk_tokens=at_once, out_dh=h
                 )
-            found.append(losses)
+            found.append(losses[:count])
             if stream is not None and dh is not None:
-                stream.index_copy_(0, where, rms_norm_backward(dh, chosen, rstd, decoder.norm, out=dh))
+                dx = rms_norm_backward(dh, chosen, rstd, decoder.norm, out=dh)
+                stream.index_copy_(0, where[:count], dx[:count])
         return torch.cat(found)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from deepdoctor.data.pack import MicroBatch, count_labels, micro_batches, pack
 from deepdoctor.data.prompt import EncodedRow
-from deepdoctor.engine.step import Engine, Rows
+from deepdoctor.engine.step import Engine, Rows, padded
 from deepdoctor.errors import TrainingError
-from deepdoctor.kernels.linear_cross_entropy import linear_cross_entropy
+from deepdoctor.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder, PackedAttention
 from deepdoctor.recipe import TrainSection
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 Replan = Callable[[float], Plan]
 """MiB to leave unused -> a plan that does."""
+WARMED_SIZES = 48
+"""Micro-batch sizes whose kernels are loaded before the first step; in mid-run each would stop the queue."""
 STEP_DOWN = 0.07
 """Share of the card that each step down leaves unused."""
 
@@ -99,10 +101,10 @@ def make_gradients(
     return EngineGradients(decoder, adapter, section, plan, replan)
 
 
-def _pack(rows: Sequence[EncodedRow], budget: int, max_rows: int | None, balanced: bool) -> Prepared:
-    lengths = [len(row.input_ids) for row in rows]
-    groups = micro_batches(lengths, budget, max_rows, balanced=balanced)
-    return Prepared(rows, [pack([rows[i] for i in group]) for group in groups], count_labels(rows), sum(lengths))
+def _filler(tokens: int) -> list[EncodedRow]:
+    """A row without labels that fills a micro-batch up to a size that comes often; it adds nothing to the gradient."""
+    spare = padded(tokens) - tokens
+    return [EncodedRow([0] * spare, [IGNORE_INDEX] * spare, (0, 0), (0, 0))] if spare else []
 
 
 class AutogradGradients:
@@ -116,7 +118,9 @@ class AutogradGradients:
 
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
-        return _pack(rows, self.token_budget, self.max_rows, balanced=False)
+        lengths = [len(row.input_ids) for row in rows]
+        groups = micro_batches(lengths, self.token_budget, self.max_rows)
+        return Prepared(rows, [pack([rows[i] for i in group]) for group in groups], count_labels(rows), sum(lengths))
 
     def compute(self, step: Prepared, scale: float) -> Tensor:
         """Add the gradient of ``scale`` times the mean loss; return the mean loss."""
@@ -210,7 +214,13 @@ class EngineGradients:
         """Pack a step's rows on the host."""
         choice = self.plan.engine
         assert choice is not None
-        return _pack(rows, choice.max_tokens, self.section.micro_batch_size, balanced=True)
+        lengths = [len(row.input_ids) for row in rows]
+        groups = micro_batches(lengths, choice.max_tokens, self.section.micro_batch_size, balanced=True)
+        batches = []
+        for group in groups:
+            chosen = [rows[i] for i in group]
+            batches.append(pack([*chosen, *_filler(sum(lengths[i] for i in group))]))
+        return Prepared(rows, batches, count_labels(rows), sum(lengths))
 
     def compute(self, step: Prepared, scale: float) -> Tensor:
         """Add the gradient of ``scale`` times the mean loss; return the mean loss () on the device."""
@@ -242,13 +252,21 @@ class EngineGradients:
         device = self.decoder.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        largest = max(
-            (batch for rows in steps for batch in self.prepare(rows).batches), key=lambda b: sum(b.row_lengths)
+        prepared = [self.prepare(rows) for rows in steps]
+        largest, rows = max(
+            ((batch, step.rows) for step in prepared for batch in step.batches), key=lambda b: sum(b[0].row_lengths)
         )
         labels = max(1, int(largest.labels.shape[0]))
-        self.compute(Prepared([], [largest], labels, sum(largest.row_lengths)), 1.0)
+        self.compute(Prepared(rows, [largest], labels, sum(largest.row_lengths)), 1.0)
+        peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
+        if device.type == "cuda":
+            sizes = {sum(batch.row_lengths): batch for step in prepared for batch in step.batches}
+            for batch in list(sizes.values())[:WARMED_SIZES]:
+                assert self.engine is not None
+                self.engine.gradients(self._rows(batch), 1.0, layers=2)
+                torch.cuda.synchronize(device)
         self.flat.zero_grad()
-        return torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
+        return peak
 
     def unscale(self, factor: float) -> None:
         """Multiply the gradient."""

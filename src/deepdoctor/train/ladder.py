@@ -14,7 +14,7 @@ from typing import Any
 from deepdoctor.data.pack import micro_batches
 from deepdoctor.engine.layout import LayerShape, Rung
 from deepdoctor.engine.memory import attention_bytes, loss_bytes, plan_arena
-from deepdoctor.engine.step import EngineSettings
+from deepdoctor.engine.step import EngineSettings, padded
 from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.model.adapter import projection_sizes
 from deepdoctor.model.config import ModelConfig
@@ -184,7 +184,7 @@ def choose(
     for tokens in _budgets(steps, longest, budget):
         groups = [micro_batches(step, tokens, max_rows, balanced=True) for step in steps]
         sizes = [[sum(step[i] for i in g) for g in cut] for step, cut in zip(steps, groups, strict=True)]
-        largest = max(longest, max(max(cut) for cut in sizes)) if exact else tokens
+        largest = padded(max(longest, max(max(cut) for cut in sizes)) if exact else tokens)
         for placed in _placements(fixed):
             setting = _Setting(config, shape, fixed, element, attention, largest, sizes, work, *placed)
             for candidate in setting.fits(room):

@@ -178,7 +178,8 @@ def make_plan(
     lengths: tokens of each training row, in order. memory_mib: the card or machine to plan for (null: this one's free
     memory). seed: decides which rows meet in a step. attention: the engine's backend. held_out_longest: tokens of the
     longest held-out row. matmul_rate: operations per second of a large product here, for the expected speed. spare_mib:
-    memory to leave unused. held_mib: of the free memory, what the loaded base holds already. Raises TrainingError where not even one row at a time fits, saying what would.
+    memory to leave unused. held_mib: of the free memory, what the loaded base holds already. Raises TrainingError
+    where not even one row at a time fits, saying what would.
     """
     if device.type == "cuda" and not section.lora_dropout:
         return _engine_plan(
