@@ -50,7 +50,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cap15": {"precision": "nf4", "memory_mib": 15 * 1024},
     "fp8": {"precision": "fp8"},
     "least_memory": {"precision": "nf4", "memory_mib": 5.0 * 1024, "row_tokens": 2048},
-    "longest_row": {"precision": "nf4", "global_batch_size": 1, "row_tokens": "longest", "steps": 2, "skip": 1},
+    "longest_row": {"precision": "nf4", "global_batch_size": 1, "row_tokens": "longest", "steps": 1, "skip": 0},
     "load": {"precision": "nf4"},
     "first_step": {"precision": "nf4"},
 }

@@ -67,8 +67,11 @@ def _overrides(fields: BaseModel | None) -> dict[str, Any]:
     return plain(fields.model_dump(exclude_unset=True)) if fields is not None else {}
 
 
-def _recipe(path: Path, fields: Any) -> Recipe:
-    return load_recipe(path, _overrides(fields))
+def _recipe(path: Path, fields: Any, vram: str | None = None) -> Recipe:
+    overrides = _overrides(fields)
+    if vram is not None:
+        overrides.setdefault("model", {})["vram"] = vram
+    return load_recipe(path, overrides)
 
 
 def _reporter(verbose: bool = True) -> Reporter:
@@ -95,10 +98,11 @@ def _dry_run(recipe: Recipe, json: bool, vram: str | None = None) -> int:
 
 
 def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, show_rows: int = 0) -> int:
-    from deepdoctor.cpu import prepare_cpu
+    from deepdoctor.cpu import prepare_cpu, prepare_gpu
 
     reporter = _reporter()
     prepare_cpu(reporter.say)  # before anything that imports torch
+    prepare_gpu()
     from deepdoctor.ask import print_answers
     from deepdoctor.pipeline import run
     from deepdoctor.train.loop import Interrupted
@@ -154,7 +158,14 @@ def _outcome(stats: dict[str, Any]) -> list[str]:
 
 
 def run_command(
-    recipe: Path, /, *, fields: Fields = None, resume: bool = False, dry_run: bool = False, json: bool = False
+    recipe: Path,
+    /,
+    *,
+    fields: Fields = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    vram: str | None = None,
+    json: bool = False,
 ) -> int:
     """Carry out a whole recipe and end with the report's path.
 
@@ -166,12 +177,14 @@ def run_command(
         Go on in an existing run folder from what is complete.
     dry_run
         Print the resolved recipe and the plan; load and download nothing.
+    vram
+        Use no more of the GPU than a card of this size has, e.g. 15GiB; with --dry-run no GPU is needed.
     json
         Print the result as one JSON object.
     """
-    resolved = _recipe(recipe, fields)
+    resolved = _recipe(recipe, fields, vram)
     if dry_run:
-        return _dry_run(resolved, json)
+        return _dry_run(resolved, json, resolved.model.vram)
     return _stages(resolved, ("data", "train", "compare", "export"), resume, json)
 
 
@@ -192,9 +205,23 @@ def data_command(source: Path, /, *, fields: Fields = None, rows: int = 3, json:
     return check_source(source, _overrides(fields), rows, json, _reporter())
 
 
-def train_command(recipe: Path, /, *, fields: Fields = None, resume: bool = True, json: bool = False) -> int:
-    """Train the adapter of a run whose data stage is complete; resumes from its newest checkpoint."""
-    return _stages(_recipe(recipe, fields), ("train",), resume, json)
+def train_command(
+    recipe: Path, /, *, fields: Fields = None, resume: bool = True, vram: str | None = None, json: bool = False
+) -> int:
+    """Train the adapter of a run whose data stage is complete; resumes from its newest checkpoint.
+
+    Parameters
+    ----------
+    recipe
+        YAML file.
+    resume
+        Go on from the newest checkpoint.
+    vram
+        Use no more of the GPU than a card of this size has, e.g. 15GiB.
+    json
+        Print the result as one JSON object.
+    """
+    return _stages(_recipe(recipe, fields, vram), ("train",), resume, json)
 
 
 def compare_command(recipe: Path, /, *, fields: Fields = None, json: bool = False) -> int:
@@ -281,7 +308,8 @@ def plan_command(recipe: Path, /, *, fields: Fields = None, vram: str | None = N
     """
     from deepdoctor.dry_run import plan_without_loading
 
-    plan, notes = plan_without_loading(_recipe(recipe, fields), vram)
+    resolved = _recipe(recipe, fields)
+    plan, notes = plan_without_loading(resolved, resolved.model.vram if vram is None else vram)
     if json:
         print(jsonlib.dumps({"plan": plan.to_json(), "notes": notes}, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""CPU threads on a busy host, settled before torch starts its threads."""
+"""What must be settled before torch is imported: CPU threads on a busy host, GPU memory in growing pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-__all__ = ["lost_share", "prepare_cpu"]
+__all__ = ["lost_share", "prepare_cpu", "prepare_gpu"]
 
 PROBE_S = 0.3
 BUSY_SHARE = 0.10
@@ -48,3 +48,9 @@ def prepare_cpu(say: Callable[[str], None]) -> None:
     os.environ["GOMP_SPINCOUNT"] = str(BUSY_SPINS if lost > BUSY_SHARE else QUIET_SPINS)
     if lost > BUSY_SHARE:
         say(f"cpu: others take {lost:.0%} of the processor's time, so threads sleep rather than spin")
+
+
+def prepare_gpu() -> None:
+    """Let PyTorch's GPU allocator grow its pieces, so that less is lost between them; what the user set stays."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -65,7 +65,7 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
     vram: plan for a GPU of this size whatever this machine has. Raises TrainingError where the run cannot fit.
     """
     from deepdoctor.model.load import choose_device
-    from deepdoctor.model.precision import resolve_precision
+    from deepdoctor.model.precision import gpu_matmul_rate, resolve_precision
 
     config, note = _config(recipe)
     notes = [note]
@@ -98,5 +98,6 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
         memory_mib=memory,
         lengths_measured=measured,
         seed=recipe.seed,
+        matmul_rate=gpu_matmul_rate(device, compute) if device.type == "cuda" and has_gpu else None,
     )
     return plan, notes

@@ -61,9 +61,9 @@ class ModelSection(Section):
     """``embedded:smollm2-135m-instruct``, a Hub id, a local folder, or a ``.gguf`` file."""
     revision: str | None = None
     """Hub commit, tag or branch; pin a commit for a run that others can repeat."""
-    precision: Literal["auto", "nf4", "bf16", "fp16", "fp32"] = "auto"
-    """How the frozen base is held. auto: as stored where it is 4-bit; else bf16 on a GPU that has it (fp16 where not),
-    and on a CPU whichever of bf16 and fp32 multiplies faster there."""
+    precision: Literal["auto", "nf4", "fp8", "bf16", "fp16", "fp32"] = "auto"
+    """How the frozen base is held (fp8: in bf16, with fp8 products in training). auto: as stored where it is 4-bit; else
+    bf16 on a GPU that has it (fp16 where not), and on a CPU whichever of bf16 and fp32 multiplies faster there."""
     double_quant: bool = True
     """NF4 only: quantise the block scales too, as bitsandbytes does. Source: QLoRA (arXiv 2305.14314)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

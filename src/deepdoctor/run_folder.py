@@ -21,6 +21,8 @@ from deepdoctor.recipe import Recipe, load_recipe
 
 __all__ = ["RunFolder", "machine", "versions", "write_json"]
 
+MEMORY_ONLY = {"model.vram", "train.micro_batch_size", "train.micro_batch_tokens"}
+"""Fields that change what a run takes, not what comes out of it: a run may go on with others."""
 STAGE_FOLDERS = ("data", "ask", "train", "compare", "export")
 
 
@@ -127,7 +129,11 @@ class RunFolder:
                 pairs = {section: (mine[section], theirs[section])}
             else:
                 pairs = {f"{section}.{key}": (mine[section][key], value) for key, value in theirs[section].items()}
-            changed += [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if was != now]
+            changed += [
+                f"{key} was {was!r}, is {now!r}"
+                for key, (was, now) in pairs.items()
+                if was != now and key not in MEMORY_ONLY
+            ]
         if changed:
             raise RunError(
                 f"run folder {self.path} was made by another recipe: {'; '.join(changed)}",

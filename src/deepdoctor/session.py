@@ -6,13 +6,16 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from deepdoctor.data.prompt import Prompt
 from deepdoctor.errors import RunError
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.generate import Sampling
-from deepdoctor.model.load import choose_device, limit_memory, load_decoder, load_tokenizer, resolve_model
+from deepdoctor.model.load import choose_device, free_memory, limit_memory, load_decoder, load_tokenizer, resolve_model
+from deepdoctor.model.quantize import is_bnb_config
 from deepdoctor.model.tokenizer import Tokenizer
 from deepdoctor.recipe import Recipe, SamplingSection
 from deepdoctor.run_folder import RunFolder
@@ -20,6 +23,9 @@ from deepdoctor.sizes import parse_size
 from deepdoctor.ui import Reporter
 
 __all__ = ["Session"]
+
+ROOM_BYTES = 2 * 2**30
+"""What answering wants beside the base: keys and values of a few answers, and a prompt."""
 
 
 class Session:
@@ -64,6 +70,7 @@ class Session:
                 model.precision,
                 device,
                 double_quant=model.double_quant,
+                embedding_on_host=self._short_of_memory(device),
                 on_layer=lambda done, total: meter.advance(1 if config_layers else 1 / total),
             )
         seconds = time.perf_counter() - started
@@ -73,6 +80,15 @@ class Session:
             f"computed in {dtype} on {decoder.device} ({decoder.nbytes / 2**20:,.0f} MiB, {seconds:.1f} s)"
         )
         return decoder
+
+    def _short_of_memory(self, device: torch.device) -> bool:
+        """Whether the embedding had better wait in host memory: the base leaves less than ROOM_BYTES of the GPU."""
+        if device.type != "cuda" or not self.source.is_dir():
+            return False
+        config = ModelConfig.from_folder(self.source)
+        quantised = self.recipe.model.precision == "nf4" or is_bnb_config(dict(config.raw))
+        weights = config.linear_parameters * (0.53 if quantised else 2) + 4 * config.vocab_size * config.hidden_size
+        return free_memory(device) < weights + ROOM_BYTES
 
     @property
     def reduced(self) -> bool:

@@ -150,7 +150,6 @@ def test_packed_equals_alone(folder) -> None:
     """The gradient of packed rows is the sum of the rows' own."""
     rows = synthetic_rows(3, seed=9)
     _, together, _ = by_engine(*fresh(folder), pack(rows), 1.0)
-    decoder, adapter = fresh(folder)
     total: dict[str, torch.Tensor] = {}
     for row in rows:
         _, gradients, _ = by_engine(*fresh(folder), pack([row]), 1.0, max_tokens=200)

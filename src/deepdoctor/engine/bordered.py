@@ -14,13 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from deepdoctor.kernels.nf4 import NF4Weight, dequantize_nf4
+from deepdoctor.kernels.bordered_nf4 import Border, bordered_launch, write_base, write_border
+from deepdoctor.kernels.choose import Impl
 from deepdoctor.model.decoder import FrozenLinear
+
+if TYPE_CHECKING:
+    from deepdoctor.kernels.bordered_nf4_triton import BorderedLaunch
 
 __all__ = ["Bordered", "Masters", "accumulate"]
 
@@ -55,13 +60,21 @@ class Bordered:
     """One frozen linear layer of the decoder with the adapters on it.
 
     rank: padded adapter rows (``LayerShape.ranks``). The matrix is kept (``keep_matrix``) or made anew at each use in
-    memory the caller lends (``write``).
+    memory the caller lends (``write``). impl: what writes it, see ``kernels.choose``.
     """
 
     def __init__(
-        self, linear: FrozenLinear, layer: int, names: Sequence[str], rank: int, scale: float, masters: Masters
+        self,
+        linear: FrozenLinear,
+        layer: int,
+        names: Sequence[str],
+        rank: int,
+        scale: float,
+        masters: Masters,
+        impl: Impl = "auto",
     ):
         self.linear = linear
+        self.impl = impl
         self.rank = rank
         self.scale = scale
         self.out = sum(linear.sizes)
@@ -79,16 +92,16 @@ class Bordered:
                 at += weight.shape[1]
         self.used = at
         self.kept: Tensor | None = None
+        self.border = Border(self.out, self.inn, rank, scale, self.a, self.blocks)
 
     def keep_matrix(self) -> None:
         """Hold the matrix in the compute dtype from now on; a dense base moves in, so that it is not held twice."""
         dtype, device = self.linear.compute_dtype, self.linear.device
-        kept = torch.zeros(self.out + self.rank, self.inn + self.rank, dtype=dtype, device=device)
-        self._write_base(kept)
+        kept = torch.empty(self.out + self.rank, self.inn + self.rank, dtype=dtype, device=device)
+        self.write(kept)
         if self.linear.parts is None:
             self.linear.weight = kept[: self.out, : self.inn]
         self.kept = kept
-        self.write_adapter(kept)
 
     def drop_matrix(self) -> None:
         """Forget a kept matrix; a dense base moves out again."""
@@ -96,34 +109,31 @@ class Bordered:
             self.linear.weight = self.kept[: self.out, : self.inn].contiguous()
         self.kept = None
 
+    @cached_property
+    def _launch(self) -> BorderedLaunch | None:
+        # At first use: linear's parts must not move from then on.
+        return bordered_launch(self.linear.parts, self.border, self.linear.compute_dtype, self.impl)
+
     def _write_base(self, matrix: Tensor) -> None:
         if self.linear.parts is None:
             assert self.linear.weight is not None
             matrix[: self.out, : self.inn] = self.linear.weight
-            return
-        parts: tuple[NF4Weight | Tensor, ...] = self.linear.parts
-        for part, start, size in zip(parts, self.linear.starts, self.linear.sizes, strict=True):
-            rows = matrix[start : start + size, : self.inn]
-            if isinstance(part, NF4Weight):
-                dequantize_nf4(part, matrix.dtype, out=rows)
-            else:
-                rows.copy_(part)
+        else:
+            write_base(matrix, self.linear.parts)
 
     def write_adapter(self, matrix: Tensor) -> None:
         """Copy the masters into the border."""
-        if self.a is None:
-            return
-        torch.mul(self.a, self.scale, out=matrix[self.out : self.out + self.used, : self.inn])
-        for block in self.blocks:
-            ranks = slice(self.inn + block.rank_at, self.inn + block.rank_at + block.weight.shape[1])
-            matrix[block.start : block.start + block.weight.shape[0], ranks] = block.weight
+        if self._launch is not None:
+            self._launch.write_border(matrix)
+        else:
+            write_border(matrix, self.border)
 
     def write(self, matrix: Tensor) -> Tensor:
         """Fill a borrowed (O + R, I + R) matrix and return it."""
-        self._write_base(matrix)
-        if self.rank:
-            matrix[: self.out, self.inn :].zero_()
-            matrix[self.out + self.used :].zero_()
+        if self._launch is not None and self._launch.base:
+            self._launch.write(matrix)
+        else:
+            self._write_base(matrix)
             self.write_adapter(matrix)
         return matrix
 

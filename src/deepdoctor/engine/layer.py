@@ -7,7 +7,7 @@ every rung gives the same bits. Letters as in ``engine/layout.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,14 +62,22 @@ class Saved:
 
 
 class LayerEngine:
-    """Forward and backward of one layer; keeps no activations itself."""
+    """Forward and backward of one layer; keeps no activations itself. make: builds the bordered matrices."""
 
-    def __init__(self, layer: DecoderLayer, shape: LayerShape, names: tuple[str, ...], scale: float, masters: Masters):
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        shape: LayerShape,
+        names: tuple[str, ...],
+        scale: float,
+        masters: Masters,
+        make: Callable[..., Bordered] = Bordered,
+    ):
         self.layer = layer
         self.shape = shape
         self.eps = layer.eps
         self.qkv, self.o, self.gate_up, self.down = (
-            Bordered(linear, layer.number, names, rank, scale, masters)
+            make(linear, layer.number, names, rank, scale, masters)
             for linear, rank in zip(layer.linears, shape.ranks, strict=True)
         )
 

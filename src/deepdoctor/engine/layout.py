@@ -24,8 +24,9 @@ __all__ = ["RUNGS", "LayerShape", "Rung", "backward_chunk", "backward_layer", "f
 
 Rung = Literal["keep", "elementwise", "gate_up", "layer", "host"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
-RANK_STEP = 8
-"""Adapter rows are padded to a multiple of this, so that every row of a buffer starts at a multiple of 16 bytes."""
+RANK_STEP = 16
+"""Adapter rows are padded to a multiple of this: fp8 products take such widths, and every row of a buffer starts at a
+multiple of 16 bytes."""
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -1,7 +1,7 @@
 """Bytes the engine will hold for given rungs and micro-batch, from the tables of ``engine/layout.py``.
 
 The arena's size is exact (a test holds that a run uses all of it and no more). What the attention and the loss take
-beside it is worked out from what these allocate.
+beside it is worked out from what these allocate, and so is what fp8 products hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from deepdoctor.engine.layout import (
     saved,
 )
 
-__all__ = ["ArenaPlan", "attention_bytes", "host_layers", "loss_bytes", "plan_arena"]
+__all__ = [
+    "ArenaPlan",
+    "attention_bytes",
+    "fp8_bytes",
+    "fp8_matrix_bytes",
+    "host_layers",
+    "loss_bytes",
+    "plan_arena",
+    "widest_row",
+]
 
 RING = 3
 """Inputs of offloaded layers that are on the GPU at a time: the one in use, the one that comes, the one that leaves."""
@@ -135,3 +144,23 @@ def loss_bytes(shape: LayerShape, tokens: int, vocab: int, logit_tokens: int, el
         return rows * (vocab * element + 4 * shape.hidden * element + 16)
     logits = min(tokens, logit_tokens) * parts * (element + 4)
     return 2 * parts * shape.hidden * element + logits + tokens * shape.hidden * (4 * element + 8)
+
+
+def widest_row(shape: LayerShape) -> int:
+    """Columns of the widest row that enters a product, in either direction."""
+    return max(max(sides) for sides in shape.matrices().values())
+
+
+def fp8_bytes(shape: LayerShape, chunk: int) -> int:
+    """Bytes of the quantised rows of one product, and their scales. chunk: tokens at once."""
+    return aligned(chunk * widest_row(shape)) + aligned(4 * chunk)
+
+
+def fp8_matrix_bytes(shape: LayerShape, element: int) -> int:
+    """Bytes of one layer's fp8 copies, their scales, and A and B in the compute dtype (``engine/bordered_fp8.py``)."""
+    total = 0
+    for (height, width), rank in zip(shape.matrices().values(), shape.ranks, strict=True):
+        out, inn = height - rank, width - rank
+        parts = (out * width, inn * height, 4 * out, 4 * inn, element * rank * inn, element * rank * out)
+        total += sum(aligned(part) for part in parts)
+    return total

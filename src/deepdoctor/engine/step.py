@@ -6,16 +6,20 @@ Embedding, layers, loss; then the layers backwards. What each layer keeps for it
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from deepdoctor.engine.arena import Arena
-from deepdoctor.engine.bordered import Masters
+from deepdoctor.engine.bordered import Bordered, Masters
+from deepdoctor.engine.bordered_fp8 import BorderedFp8, Fp8Rows
 from deepdoctor.engine.layer import Batch, LayerEngine, Saved
 from deepdoctor.engine.layout import LayerShape, Rung
-from deepdoctor.engine.memory import RING, host_layers, plan_arena
+from deepdoctor.engine.memory import RING, host_layers, plan_arena, widest_row
 from deepdoctor.engine.offload import HostInputs
 from deepdoctor.errors import TrainingError
 from deepdoctor.kernels.flash_attention import Backend, PackedRows
@@ -28,7 +32,10 @@ from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.model.adapter import LoraSettings
 from deepdoctor.model.decoder import Decoder, DecoderLayer
 
-__all__ = ["Engine", "EngineSettings", "Rows", "padded"]
+__all__ = ["Engine", "EngineSettings", "Products", "Rows", "padded"]
+
+Products = Literal["16bit", "fp8"]
+"""Format of the large products."""
 
 
 def padded(tokens: int) -> int:
@@ -48,6 +55,7 @@ class EngineSettings:
     keep_matrices  hold the frozen matrices in the compute dtype, or make them anew at each use
     attention      backend, see ``kernels.flash_attention``
     head_rows      rows of the head at once where it lies in host memory, else None
+    products       "fp8" keeps the frozen matrices in fp8 beside the base
     """
 
     rungs: tuple[Rung, ...]
@@ -57,6 +65,7 @@ class EngineSettings:
     keep_matrices: bool
     attention: Backend
     head_rows: int | None = None
+    products: Products = "16bit"
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,14 @@ class Engine:
         self.settings = settings
         self.shape = LayerShape.of(config, lora.rank, lora.targets)
         self.dtype = decoder.compute_dtype
+        make: type[Bordered] | partial[BorderedFp8] = Bordered
+        if settings.products == "fp8":
+            at_once = min(settings.chunk_tokens, settings.max_tokens)
+            make = partial(BorderedFp8, rows=Fp8Rows(at_once, widest_row(self.shape), decoder.device))
         self.layers: list[LayerEngine] = []
         for module in decoder.layers:
             assert isinstance(module, DecoderLayer)
-            self.layers.append(LayerEngine(module, self.shape, lora.targets, lora.scale, masters))
+            self.layers.append(LayerEngine(module, self.shape, lora.targets, lora.scale, masters, make))
         if len(settings.rungs) != len(self.layers):
             raise TrainingError(f"the plan has {len(settings.rungs)} rungs for {len(self.layers)} layers")
         if settings.keep_matrices:
@@ -128,7 +141,12 @@ class Engine:
                 "raise train.micro_batch_tokens, or leave it out",
             )
         cos, sin = rope_tables(rows.positions, decoder.inverse_frequencies, decoder.rope_factor)
-        packed = PackedRows.of(rows.row_lengths, decoder.device)
+        lengths = tuple(length for length in rows.row_lengths if length)
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        if decoder.device.type == "cuda":
+            # Through pinned memory: an ordinary copy would wait for the micro-batch before this one.
+            starts = starts.pin_memory().to(decoder.device, non_blocking=True)
+        packed = PackedRows(lengths, starts, max(lengths, default=0))
         return Batch(tokens, packed, cos, sin, self.settings.attention, self.settings.chunk_tokens)
 
     @torch.no_grad()

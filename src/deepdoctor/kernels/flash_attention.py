@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -119,6 +120,12 @@ def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[B
     if (major, minor) >= oldest and dtype in (*HALF_DTYPES, torch.float32) and head_dim % 8 == 0:
         return "efficient", f"{card}; flash takes bf16 and fp16 from 8.0, head sizes that are multiples of 8 up to 256"
     return "rows", f"{card}; no fused kernel takes this dtype and head size"
+
+
+@functools.cache
+def _keep_compiled() -> None:
+    """Let flash-attn-4 keep what it compiles on disk, unless the user decided otherwise; before its first import."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 @functools.cache
@@ -240,6 +247,7 @@ def attend_row(qkv: Tensor, key_heads: int) -> Tensor:
 def _fa4_forward(
     q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, out: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    _keep_compiled()
     from flash_attn.cute.interface import _flash_attn_fwd
 
     # The kernel writes rows whose start and strides are multiples of 16 bytes.

@@ -1,10 +1,14 @@
 """NF4 in Triton: the bytes and values of `nf4.py`, bit for bit, in one launch each.
 
-Reading back. A program writes one tile of one row of `out`; a contiguous `out` is a single row of n elements. The fast
-kernel reads packed bytes as 32-bit words. A thread takes one word (8 elements) at a time: neighbouring threads read
-neighbouring words, and each writes 8 neighbouring elements, 16 bytes in 16 bits, so that reads and writes both fill
-whole sectors. The scale is decoded once per word. The 16 values are looked up in shared memory, where 16 words never
-collide. Rows that do not start on a word boundary (columns not a multiple of 8) take a kernel that goes by element.
+Reading back. Packed bytes are read as 32-bit words. A thread takes one word (8 elements) at a time: neighbouring
+threads read neighbouring words, and each writes 8 neighbouring elements, 16 bytes in 16 bits, so that reads and writes
+both fill whole sectors. The 16 values are looked up in shared memory, where 16 words never collide. Three kernels:
+
+tiles     weights as published checkpoints have them (double-quantised, blocks of 64) whose size is a multiple of 1024.
+          A tile is whole blocks of one nested block and may span rows, so nothing is masked and two of the three parts
+          of a scale are the same for the whole tile; per element 6.5 instructions on sm_90, 10.8 by words
+words     any blocks and tails: a program writes one tile of one row; a contiguous `out` is a single row of n elements
+elements  rows that do not start on a word boundary (columns not a multiple of 8)
 
 Product and sum of a scale are rounded one after the other: the launch turns floating-point contraction off.
 
@@ -17,39 +21,83 @@ Offsets into a weight are int64; inside a tile they are int32.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepdoctor.kernels.nf4 import NF4_CODE, TINY_ABSMAX, NF4Weight
+from deepdoctor.kernels.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, TINY_ABSMAX, NF4Weight
 
-__all__ = ["dequantize_nf4_triton", "quantize_blocks_triton"]
+__all__ = [
+    "WARPS",
+    "Scales",
+    "dequantize_nf4_triton",
+    "nf4_values",
+    "quantize_blocks_triton",
+    "tile_elements",
+    "write_tile",
+]
+
+Scales = Literal["word", "block", "products"]
+"""How a tile comes by its scales: decoded per word, or once per block and handed on through shared memory, or handed on
+as the 16 products of scale and value, already rounded."""
+SCALES: Scales = "block"
 
 WORD_ELEMENTS = 8
+BLOCK = 64
+NESTED_ELEMENTS = BLOCK * NESTED_BLOCK_SIZE
+# 64 elements a thread at the largest; every one of them divides a nested block.
+TILES = (8192, 4096, 2048, 1024)
 # The largest tile that divides a row wins, or the last: 14336 columns are 7 tiles of 2048, 1536 are two of 1024.
-TILES = (4096, 2048, 1024)
+WORD_TILES = (4096, 2048, 1024)
 TILE_BY_ELEMENT = 1024
 QUANTIZE_TILE = 2048
 WARPS = 4
 
 
-def dequantize_nf4_triton(weight: NF4Weight, out: Tensor) -> None:
-    """Write the values of weight into out: fp32 | bf16 | fp16, of weight.shape, contiguous or a 2-D row view."""
+def tile_elements(weight: NF4Weight) -> int | None:
+    """Return the elements of a tile for `write_tile`, or None where the weight does not divide into such tiles."""
+    published = weight.double_quant and weight.block_size == BLOCK and weight.nested_block_size == NESTED_BLOCK_SIZE
+    if not published or weight.packed.data_ptr() % 4 or not weight.packed.is_contiguous():
+        return None
+    return next((tile for tile in TILES if weight.numel % tile == 0), None)
+
+
+def dequantize_nf4_triton(weight: NF4Weight, out: Tensor, scales: Scales = SCALES) -> None:
+    """Write the values of weight into out: fp32 | bf16 | fp16, of weight.shape, contiguous or a 2-D row view.
+
+    scales: what tiles do; it changes the time, not the values.
+    """
     n, size = weight.numel, weight.block_size
     packed = weight.packed.reshape(-1)
     assert packed.numel() == (n + 1) // 2 and weight.absmax.numel() == -(-n // size)
     if n == 0:
         return
     rows, columns, stride = (1, n, n) if out.is_contiguous() else (*out.shape, out.stride(0))
-    scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
-    code = weight.nested_code if weight.nested_code is not None else scales
-    offset = weight.nested_offset if weight.nested_offset is not None else scales
+    nested = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
+    code = weight.nested_code if weight.nested_code is not None else nested
+    offset = weight.nested_offset if weight.nested_offset is not None else nested
+    pointers = (weight.absmax, code, nested, offset, nf4_values(out.device), out)
+    tile = tile_elements(weight)
+    if tile and packed.storage_offset() % 4 == 0 and columns % WORD_ELEMENTS == 0 and stride % WORD_ELEMENTS == 0:
+        with torch.cuda.device_of(out):
+            _dequantize_tiles[(n // tile,)](
+                packed.view(torch.int32),
+                *pointers,
+                # Rows of a contiguous matrix need no telling apart, and one kernel serves all lengths.
+                COLUMNS=tile if rows == 1 else columns,
+                STRIDE=tile if rows == 1 else stride,
+                TILE=tile,
+                SCALES=scales,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+        return
     whole_words = columns % WORD_ELEMENTS == 0 and size % WORD_ELEMENTS == 0
     by_word = whole_words and packed.storage_offset() % 4 == 0 and packed.data_ptr() % 4 == 0
     with torch.cuda.device_of(out):
-        pointers = (weight.absmax, code, scales, offset, _values(out.device), out)
         constants = {
             "BLOCK": size,
             "NESTED_BLOCK": weight.nested_block_size,
@@ -59,7 +107,7 @@ def dequantize_nf4_triton(weight: NF4Weight, out: Tensor) -> None:
         }
         if by_word:
             words = columns // WORD_ELEMENTS
-            tile = next((tile for tile in TILES if columns % tile == 0), TILES[-1])
+            tile = next((tile for tile in WORD_TILES if columns % tile == 0), WORD_TILES[-1])
             tiles = triton.cdiv(columns, tile)
             unit = WORD_ELEMENTS if stride % WORD_ELEMENTS == 0 else 1
             _dequantize_words[(rows * tiles,)](
@@ -105,13 +153,86 @@ def quantize_blocks_triton(flat: Tensor, packed: Tensor, absmax: Tensor, block_s
 
 
 @functools.cache
-def _values(device: torch.device) -> Tensor:
+def nf4_values(device: torch.device) -> Tensor:
+    """The 16 NF4 values on device."""
     return NF4_CODE.to(device)
 
 
 @functools.cache
 def _middles(device: torch.device) -> Tensor:
     return ((NF4_CODE[:-1] + NF4_CODE[1:]) / 2).to(device)
+
+
+@triton.jit
+def write_tile(
+    packed,
+    absmax,
+    code,
+    nested,
+    offset,
+    values,
+    out,
+    tile,
+    at,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Write tile number `tile` of a weight in blocks of 64 where tile number `at` of the matrix `out` lies.
+
+    COLUMNS and STRIDE, elements of a row and from row to row, are multiples of 8; TILE divides 16384.
+    """
+    WORDS: tl.constexpr = TILE // 8
+    BLOCKS: tl.constexpr = TILE // 64
+    ROW: tl.constexpr = COLUMNS // 8
+    first = tile.to(tl.int64)
+    # Declared scattered: the compiler then gives a thread single words, not 16 bytes that it would have to hand on.
+    place = tl.max_contiguous(tl.arange(0, WORDS), 1)
+    word = tl.load(packed + first * WORDS + place, eviction_policy="evict_first")
+    factor = tl.load(nested + tile // (16384 // TILE))
+    block = tl.arange(0, BLOCKS)
+    if SCALES == "word":
+        block = tl.arange(0, WORDS) // 8
+    scale = tl.load(code + tl.load(absmax + first * BLOCKS + block).to(tl.int32)) * factor + tl.load(offset)
+    # Element 2i is in the high half of byte i, and bytes count from the low end of the word.
+    lane = tl.arange(0, 8)
+    index = (word[:, None] >> ((lane ^ 1) * 4)[None, :]) & 15
+    table = tl.load(values + tl.arange(0, 16))
+    if SCALES == "products":
+        table = tl.reshape((scale[:, None] * table[None, :]).to(out.dtype.element_ty), [BLOCKS * 16])
+        index += (tl.arange(0, WORDS) // 8 * 16)[:, None]
+    if SCALES == "block":
+        scale = tl.gather(scale, tl.arange(0, WORDS) // 8, 0)
+    value = tl.reshape(tl.gather(table, tl.reshape(index, [TILE]), 0), [WORDS, 8])
+    if SCALES != "products":
+        value = (value * scale[:, None]).to(out.dtype.element_ty)
+    # In words: unsigned, so that dividing by a constant is one product.
+    start = at.to(tl.uint32) * WORDS
+    row = start // ROW
+    column = (start - row * ROW).to(tl.int32) + tl.arange(0, WORDS)
+    if COLUMNS % TILE != 0:
+        column += (column.to(tl.uint32) // ROW).to(tl.int32) * ((STRIDE - COLUMNS) // 8)
+    tl.store(out + row.to(tl.int64) * STRIDE + column[:, None] * 8 + lane[None, :], value)
+
+
+@triton.jit
+def _dequantize_tiles(
+    packed,
+    absmax,
+    code,
+    nested,
+    offset,
+    values,
+    out,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """One tile of TILE elements."""
+    at = tl.program_id(0)
+    write_tile(packed, absmax, code, nested, offset, values, out, at, at, COLUMNS, STRIDE, TILE, SCALES)
 
 
 @triton.jit

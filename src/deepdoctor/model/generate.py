@@ -7,6 +7,7 @@ request may differ in the last bits with the batch around it, because matrix pro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,9 @@ from deepdoctor.kernels.attention import attend_cached, attend_packed
 from deepdoctor.model.adapter import Adapter, RowSwitch
 from deepdoctor.model.decoder import Attend, Decoder
 from deepdoctor.model.fast_decode import PACKED_SLOTS, DecodeStep, can_pack
+from deepdoctor.model.load import free_memory
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Completion", "Generator", "Request", "Sampling"]
 
@@ -154,6 +158,7 @@ class Generator:
         if not slots:
             return
         positions = max(len(r.prompt_ids) + r.sampling.max_new_tokens for r in requests)
+        slots = self._fitting(slots, positions)
         packed = slots <= PACKED_SLOTS and can_pack(self.decoder)
         packed = packed and (self.reduced or self.decoder.compute_dtype == torch.bfloat16)
         step = DecodeStep(self.decoder, self.adapter, packed)
@@ -184,6 +189,19 @@ class Generator:
                     active[index], last[index] = active[end], last[end]
                 active.pop()
                 last.pop()
+
+    def _fitting(self, slots: int, positions: int) -> int:
+        """As many slots as the GPU has memory for, beside a prefill."""
+        if self.decoder.device.type != "cuda":
+            return slots
+        config = self.decoder.config
+        element = self.decoder.compute_dtype.itemsize
+        slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions * element
+        prefill = 4 * PREFILL_TOKENS * (3 * config.intermediate_size + 4 * config.hidden_size) * element
+        fits = max(1, int((free_memory(self.decoder.device) - prefill) // slot))
+        if fits < slots:
+            log.info("%d answers at once instead of %d: the GPU has memory for no more", fits, slots)
+        return min(slots, fits)
 
     def _check(self, requests: Sequence[Request]) -> None:
         limit = self.decoder.config.max_position_embeddings

@@ -29,6 +29,7 @@ from deepdoctor.sizes import MIB
 __all__ = [
     "TensorSource",
     "choose_device",
+    "free_memory",
     "limit_memory",
     "load_decoder",
     "load_tokenizer",
@@ -67,6 +68,14 @@ def limit_memory(device: torch.device, card_mib: float) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     share = (card_mib - CONTEXT_MIB) * MIB / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that PyTorch may still take of this GPU, under the limit where one is set."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    limit = torch.cuda.memory.get_per_process_memory_fraction(device) * total
+    return int(min(free + reserved, limit) - allocated)
 
 
 def resolve_model(model_id: str, revision: str | None = None) -> Path:
@@ -237,9 +246,9 @@ def load_decoder(
     """Load a base model, frozen, ready to train an adapter or answer.
 
     path: folder with config.json and safetensors (plain, or bitsandbytes NF4), or a .gguf file. precision: "nf4",
-    "bf16", "fp16", "fp32" or "auto" (see ModelSection). compute_dtype: dtype of activations where the base is NF4; null
-    takes the device's fast one. on_layer: called with (layers done, layers in all). embedding_on_host: leave the
-    embedding in pinned host memory; ignored on a CPU, and where the head is the embedding.
+    "fp8" (held in bf16), "bf16", "fp16", "fp32" or "auto" (see ModelSection). compute_dtype: dtype of activations where
+    the base is NF4; null takes the device's fast one. on_layer: called with (layers done, layers in all).
+    embedding_on_host: leave the embedding in pinned host memory; ignored on a CPU, and where the head is the embedding.
     Raises ModelError or UnsupportedModelError naming file, tensor and expectation.
     """
     device = torch.device(device)

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 Replan = Callable[[float], Plan]
 """MiB to leave unused -> a plan that does."""
+LONGEST_PROBE = 65_536
+"""Tokens above which a micro-batch takes so long that the first step shows as much as a probe would."""
 WARMED_SIZES = 48
 """Micro-batch sizes whose kernels are loaded before the first step; in mid-run each would stop the queue."""
 STEP_DOWN = 0.07
@@ -253,6 +255,8 @@ class EngineGradients:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         prepared = [self.prepare(rows) for rows in steps]
+        if max(sum(batch.row_lengths) for step in prepared for batch in step.batches) > LONGEST_PROBE:
+            return None
         largest, rows = max(
             ((batch, step.rows) for step in prepared for batch in step.batches), key=lambda b: sum(b[0].row_lengths)
         )

@@ -13,8 +13,8 @@ from typing import Any
 
 from deepdoctor.data.pack import micro_batches
 from deepdoctor.engine.layout import LayerShape, Rung
-from deepdoctor.engine.memory import attention_bytes, loss_bytes, plan_arena
-from deepdoctor.engine.step import EngineSettings, padded
+from deepdoctor.engine.memory import attention_bytes, fp8_bytes, loss_bytes, plan_arena
+from deepdoctor.engine.step import EngineSettings, Products, padded
 from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.model.adapter import projection_sizes
 from deepdoctor.model.config import ModelConfig
@@ -27,6 +27,8 @@ OPERATIONS_PER_HOST_BYTE = 20000.0
 """The same for a byte over PCIe, 25 GB/s on an H100."""
 HALF_SPEED_TOKENS = 200
 """A product of this many tokens runs at half speed; 6,000 tokens at 97 %."""
+FP8_SHARE = 0.68
+"""Time of a product in fp8, its rows' quantising included, as a share of the same in 16 bits, on an H100."""
 ELEMENTWISE_SHARE = 0.013
 """Norms and silu * up computed again, as a share of a layer's products; from their bytes."""
 HOST_SHARE = 0.01
@@ -49,8 +51,9 @@ MIXES: tuple[tuple[Rung, Rung], ...] = (
 class Fixed:
     """Bytes on the GPU whatever the micro-batch is.
 
-    linears: as held (NF4 or dense). matrices: all bordered matrices in the compute dtype. dense: whether the linears
-    are such matrices already. embedding, head: in the compute dtype; tied: the head is the embedding.
+    linears: as held (NF4 or dense). matrices: all bordered matrices in the compute dtype, or with fp8 products the fp8
+    copies. dense: whether the linears are such matrices already. embedding, head: in the compute dtype; tied: the head
+    is the embedding. fp8: the large products are in fp8.
     """
 
     linears: int
@@ -62,6 +65,7 @@ class Fixed:
     tied: bool
     masters: int
     optimizer: int
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Choice:
     host_bytes: int
     cost: float
     extra_work: float
+    products: Products = "16bit"
 
     @property
     def peak_bytes(self) -> int:
@@ -98,6 +103,7 @@ class Choice:
             self.keep_matrices,
             self.attention,
             self.head_rows,
+            self.products,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -146,8 +152,9 @@ class _Work:
         return found
 
 
-def _work(config: ModelConfig, mean_row: float) -> _Work:
-    size = {name: 2.0 * out * inn for name, (out, inn) in projection_sizes(config).items()}
+def _work(config: ModelConfig, mean_row: float, fp8: bool) -> _Work:
+    share = FP8_SHARE if fp8 else 1.0
+    size = {name: 2.0 * out * inn * share for name, (out, inn) in projection_sizes(config).items()}
     return _Work(
         size["q_proj"] + size["k_proj"] + size["v_proj"],
         size["o_proj"],
@@ -180,7 +187,8 @@ def choose(
     """
     best: Choice | None = None
     longest = max(longest, max(max(step) for step in steps))
-    work = _work(config, sum(n * n for step in steps for n in step) / sum(n for step in steps for n in step))
+    squares, tokens_seen = (sum(n**power for step in steps for n in step) for power in (2, 1))
+    work = _work(config, squares / tokens_seen, fixed.fp8)
     for tokens in _budgets(steps, longest, budget):
         groups = [micro_batches(step, tokens, max_rows, balanced=True) for step in steps]
         sizes = [[sum(step[i] for i in g) for g in cut] for step, cut in zip(steps, groups, strict=True)]
@@ -203,7 +211,7 @@ def _budgets(steps: Sequence[Sequence[int]], longest: int, budget: int | None) -
 
 def _placements(fixed: Fixed) -> Iterator[tuple[bool, bool, bool]]:
     """Ways to place things: (matrices kept, embedding on the host, head on the host)."""
-    for keep in (True,) if fixed.dense else (True, False):
+    for keep in (True,) if fixed.dense or fixed.fp8 else (True, False):
         yield keep, False, False
         if not fixed.tied:
             yield keep, True, False
@@ -248,6 +256,8 @@ class _Setting:
         factors, temporary = attention_bytes(shape, rungs, tokens, element, self.attention)
         loss = loss_bytes(shape, tokens, self.config.vocab_size, logit_tokens, element, head_rows)
         parts = {**self.base, "arena": arena.nbytes, "attention and loss": factors + max(temporary, loss)}
+        if fixed.fp8:
+            parts["fp8 rows"] = fp8_bytes(shape, min(chunk, tokens))
         cost, extra = _cost(self.config, fixed, self.work, rungs, chunk, self.sizes, self.keep, head_rows)
         host = arena.host_bytes + (fixed.embedding if self.embedding_on_host else 0)
         return Choice(
@@ -264,6 +274,7 @@ class _Setting:
             host + (fixed.head if self.head_on_host else 0),
             cost * (1.002 if self.embedding_on_host else 1.0),
             extra,
+            "fp8" if fixed.fp8 else "16bit",
         )
 
     def chunks(self) -> list[int]:
@@ -333,7 +344,7 @@ def smallest(
     config: ModelConfig, shape: LayerShape, fixed: Fixed, tokens: int, *, element: int, attention: Backend
 ) -> Choice:
     """Return the setting that takes least memory for micro-batches of ``tokens``, whatever it costs."""
-    work = _work(config, tokens)
+    work = _work(config, tokens, fixed.fp8)
     found = []
     for placed in _placements(fixed):
         setting = _Setting(config, shape, fixed, element, attention, tokens, [[tokens]], work, *placed)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from deepdoctor.engine.layout import LayerShape
+from deepdoctor.engine.memory import fp8_matrix_bytes
 from deepdoctor.errors import TrainingError
 from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.kernels.linear_cross_entropy import CHUNK_TOKENS
@@ -42,8 +43,9 @@ EXACT_STEPS = 2000
 """Steps whose micro-batches are worked out one by one; of longer runs only the budget is known."""
 STEP_SHARE = 0.75
 """Share of the matrix-product rate that a whole step reaches on an H100; used before anything is measured."""
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Per weight. NF4 with double quantisation: 4 bits, one byte per 64 weights, one fp32 per 256 of those bytes."""
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 2.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Per weight. NF4 with double quantisation: 4 bits, one byte per 64 weights, one fp32 per 256 of those bytes. fp8: the
+16-bit base, which answers; the copies that train are the engine's matrices."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _engine_lines(choice: Choice) -> list[str]:
     ladder = ", ".join(f"{count} layers {RUNG_WORDS[rung]}" for rung, count in choice.counts())
     chunk = f" in chunks of {choice.chunk_tokens:,}" if choice.chunk_tokens < choice.max_tokens else ""
     held = "frozen matrices ready in 16 bits" if choice.keep_matrices else "frozen matrices dequantised at each use"
+    if choice.products == "fp8":
+        held = "frozen matrices in fp8 for both directions"
     host = [
         name
         for name, there in (("embedding", choice.embedding_on_host), ("head", choice.head_rows is not None))
@@ -181,6 +185,11 @@ def make_plan(
     memory to leave unused. held_mib: of the free memory, what the loaded base holds already. Raises TrainingError
     where not even one row at a time fits, saying what would.
     """
+    if precision == "fp8" and section.lora_dropout:
+        raise TrainingError(
+            f"model.precision is fp8, but train.lora_dropout is {section.lora_dropout}, and dropout trains in 16 bits",
+            "set `--train.lora_dropout 0`, or `--model.precision bf16`",
+        )
     if device.type == "cuda" and not section.lora_dropout:
         return _engine_plan(
             config,
@@ -290,16 +299,19 @@ def _fixed(config: ModelConfig, section: TrainSection, shape: LayerShape, precis
     sides = shape.matrices().values()
     embedding = config.vocab_size * config.hidden_size * element
     trainable = _trainable(config, section)
+    fp8 = precision == "fp8"
+    layer = fp8_matrix_bytes(shape, element) if fp8 else sum(out * inn for out, inn in sides) * element
     return Fixed(
         linears=round(config.linear_parameters * BYTES[precision]),
-        matrices=config.num_layers * sum(out * inn for out, inn in sides) * element,
-        dense=precision != "nf4",
+        matrices=config.num_layers * layer,
+        dense=precision not in ("nf4", "fp8"),
         vectors=_vectors(config) * element,
         embedding=embedding,
         head=embedding,
         tied=config.tie_word_embeddings,
         masters=trainable * 4,
         optimizer=round(trainable * (2 + 8 / 256 if section.optimizer == "adamw_8bit" else 8)),
+        fp8=fp8,
     )
 
 
