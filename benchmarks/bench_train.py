@@ -45,12 +45,19 @@ from bench_common import ROOT, device_name, matmul_rate, merge_results, result_p
 from bench_inputs import flop_per_token, write_base, write_long_rows, write_rows
 
 OURS: dict[str, dict[str, Any]] = {
-    "fastest": {"precision": "nf4"},
+    "fastest": {"precision": "nf4", "attention": "fa4"},
     "tutorial_capped": {"precision": "nf4", "memory_mib": 6.4 * 1024},
-    "cap15": {"precision": "nf4", "memory_mib": 15 * 1024},
-    "fp8": {"precision": "fp8"},
+    "cap15": {"precision": "nf4", "attention": "fa4", "memory_mib": 15 * 1024},
+    "fp8": {"precision": "fp8", "attention": "fa4"},
     "least_memory": {"precision": "nf4", "memory_mib": 5.0 * 1024, "row_tokens": 2048},
-    "longest_row": {"precision": "nf4", "global_batch_size": 1, "row_tokens": "longest", "steps": 1, "skip": 0},
+    "longest_row": {
+        "precision": "nf4",
+        "attention": "fa4",
+        "global_batch_size": 1,
+        "row_tokens": "longest",
+        "steps": 1,
+        "skip": 0,
+    },
     "load": {"precision": "nf4"},
     "first_step": {"precision": "nf4"},
 }
@@ -58,10 +65,9 @@ OURS: dict[str, dict[str, Any]] = {
 _UNSLOTH = {"bits": 4, "checkpointing": "unsloth", "batch": 2, "accumulate": 4}
 _FREE = {**_UNSLOTH, "checkpointing": "none", "batch": 8, "accumulate": 1}
 PEERS: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("fastest", "unsloth"): [{**_FREE, "bits": 16}, _FREE],
+    ("fastest", "unsloth"): [{**_FREE, "bits": 16}],
     ("tutorial_capped", "unsloth"): [_UNSLOTH],
     ("tutorial_capped", "trl"): [{**_UNSLOTH, "checkpointing": "hf"}],
-    ("cap15", "unsloth"): [{**_UNSLOTH, "batch": 8, "accumulate": 1}],
     ("first_step", "unsloth"): [{**_UNSLOTH, "steps": 1, "skip": 0}],
     ("first_step", "trl"): [{**_UNSLOTH, "checkpointing": "hf", "steps": 1, "skip": 0}],
 }

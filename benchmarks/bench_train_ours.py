@@ -53,6 +53,7 @@ def recipe_values(base: Path, rows: Path, settings: Mapping[str, Any], steps: in
             "learning_rate": settings.get("learning_rate", 2e-4),
             "schedule": "linear",
             "optimizer": "adamw_8bit",
+            "attention": settings.get("attention", "auto"),
             "weight_decay": 0.01,
             "max_grad_norm": 1.0,
             "shuffle": False,

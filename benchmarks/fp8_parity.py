@@ -2,10 +2,10 @@
 
     python benchmarks/fp8_parity.py [--base FOLDER] [--rows FILE] [--precisions bf16 fp8] [--seeds 1 2 3] [--out FILE]
 
-Each precision trains one adapter per seed; a seed decides the adapter's start and the order of the rows, so that runs of
-one seed see the same. Trained adapters answer from the base as it is held (bf16 for fp8 too), as they would after
-training. The relative difference from the first precision, seed by seed, is held against GOAL; beside it stands how far
-the seeds of that precision lie apart. The rate is high and the rows few, so that the loss falls in 40 steps.
+Each precision trains one adapter per seed; a seed decides the adapter's start and the order of the rows, so that runs
+of one seed see the same. Trained adapters answer from the base as it is held (bf16 for fp8 too), as they would after
+training. The relative difference from the first precision, seed by seed, is held against GOAL; beside it stands how
+far the seeds of that precision lie apart. The rate is high and the rows few, so that the loss falls in 40 steps.
 
 base: model folder, or embedded:smollm2-135m-instruct. rows: JSONL with Question, Complex_CoT and Response, or
 embedded:rows. About a minute on an H100. Writes benchmarks/results/fp8_parity_<gpu>_<date>.json.
@@ -159,7 +159,7 @@ def main() -> None:
     for line in summary:
         print(
             f"{line['precision']} against {line['against']}: held-out loss {line['mean']:+.3%} "
-            f"({line['low']:+.3%} to {line['high']:+.3%}; the seeds of {line['against']} lie {line['between_seeds']:.3%} "
+            f"({line['low']:+.3%} to {line['high']:+.3%}; seeds of {line['against']} lie {line['between_seeds']:.3%} "
             f"apart, training lowered the loss by {line['fallen_by']:.3f}); goal {GOAL:.1%}: "
             f"{'reached' if line['reached'] else 'missed'}"
         )

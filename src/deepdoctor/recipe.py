@@ -62,8 +62,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Hub commit, tag or branch; pin a commit for a run that others can repeat."""
     precision: Literal["auto", "nf4", "fp8", "bf16", "fp16", "fp32"] = "auto"
-    """How the frozen base is held (fp8: in bf16, with fp8 products in training). auto: as stored where it is 4-bit; else
-    bf16 on a GPU that has it (fp16 where not), and on a CPU whichever of bf16 and fp32 multiplies faster there."""
+    """How the frozen base is held (fp8: in bf16, trained by fp8 products). auto: as stored where it is 4-bit; else bf16
+    on a GPU that has it (fp16 where not), and on a CPU whichever of bf16 and fp32 multiplies faster there."""
     double_quant: bool = True
     """NF4 only: quantise the block scales too, as bitsandbytes does. Source: QLoRA (arXiv 2305.14314)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -152,6 +152,8 @@ class TrainSection(Section):
     """Share of the steps that warm up, where warmup_steps is 0."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW in fp32, or with 8-bit state (bitsandbytes, CUDA)."""
+    attention: Literal["auto", "fa4", "flash", "efficient", "rows"] = "auto"
+    """Attention on a GPU. auto: the fastest that is worth its start-up. fa4 needs the package flash-attn-4."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the adapter."""
     beta1: NonNegativeFloat = Field(default=0.9, lt=1)

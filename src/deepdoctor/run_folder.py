@@ -21,7 +21,7 @@ from deepdoctor.recipe import Recipe, load_recipe
 
 __all__ = ["RunFolder", "machine", "versions", "write_json"]
 
-MEMORY_ONLY = {"model.vram", "train.micro_batch_size", "train.micro_batch_tokens"}
+MEMORY_ONLY = {"model.vram", "train.attention", "train.micro_batch_size", "train.micro_batch_tokens"}
 """Fields that change what a run takes, not what comes out of it: a run may go on with others."""
 STAGE_FOLDERS = ("data", "ask", "train", "compare", "export")
 

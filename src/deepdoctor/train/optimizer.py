@@ -79,8 +79,34 @@ def make_optimizer(
                 ) from None
             log.warning("bitsandbytes is not installed: AdamW keeps fp32 state instead of 8-bit")
         else:
-            return bitsandbytes.optim.AdamW8bit(listed, **settings), "adamw_8bit"
+            return _without_waiting(bitsandbytes.optim.AdamW8bit)(listed, **settings), "adamw_8bit"
     return torch.optim.AdamW(listed, **settings, fused=device.type in ("cuda", "cpu")), "adamw"
+
+
+def _without_waiting(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A bitsandbytes optimizer whose step does not wait for the GPU after every parameter, as its own does (0.50)."""
+
+    class Unwaiting(kind):  # type: ignore[misc, valid-type]
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            if closure is not None or self.is_paged:
+                return super().step(closure)
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for group_number, group in enumerate(self.param_groups):
+                for number, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_number, number)
+                    self.prefetch_state(parameter)
+                    self.update_step(group, parameter, group_number, number)
+            return None
+
+    Unwaiting.__name__ = kind.__name__
+    return Unwaiting
 
 
 def can_flatten(adapter: Adapter, kind: str) -> bool:
