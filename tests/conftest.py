@@ -10,14 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(os.environ.get("DEEPDOCTOR_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real rows, questions and model outputs; it is not part of the project."""
     if not SHARED.is_dir():
-        pytest.skip("the folder of real data (../shared/data) is not there")
+        pytest.skip("the folder of real data (DEEPDOCTOR_TEST_DATA, else ../shared/data) is not there")
     return SHARED
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +34,8 @@ LENGTHS = (40, 1, 130, 23, 64, 17)
 """Rows of one token, of odd sizes, and of more than the 128 tokens of an attention block."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS: tuple[Backend, ...] = ("rows", "efficient", "flash", "fa4")
+MID = {"hidden": 2048, "layers": 8, "vocab": 32768, "heads": 16, "key_heads": 4, "wide": 5632}
+"""Sizes of a model whose memory is large beside the libraries' own."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,15 @@ def packed(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> MicroBatch:
     return pack(rows_of(lengths, seed))
 
 
-def installed(*names: str) -> bool:
-    """Whether every one of these packages can be imported."""
-    return all(importlib.util.find_spec(name) is not None for name in names)
+def mid_rows(count: int = 24) -> list[EncodedRow]:
+    """Rows of 300 to 1,100 tokens."""
+    return rows_of([300 + 97 * number % 800 for number in range(count)], vocab=MID["vocab"])
+
+
+def empty_gpu() -> int:
+    """Give every unused block of GPU memory back; returns the bytes that something still holds."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()

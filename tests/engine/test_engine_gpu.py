@@ -3,13 +3,13 @@
 Where a test also runs on a CPU, it does so with the backend "rows" and in fp32.
 """
 
-import gc
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
 
+from deepdoctor.data.pack import pack
+from deepdoctor.data.prompt import EncodedRow
 from deepdoctor.engine.layout import RUNGS, LayerShape
 from deepdoctor.engine.memory import plan_arena
 from deepdoctor.kernels.fp8 import no_fp8_because
@@ -22,6 +22,7 @@ from helpers_engine import (
     BACKENDS,
     DEVICES,
     LORA,
+    MID,
     Result,
     assert_as_exact,
     assert_same_bits,
@@ -30,8 +31,10 @@ from helpers_engine import (
     by_float64,
     device_rows,
     distances,
+    empty_gpu,
     engine_plan,
     loaded,
+    mid_rows,
     new_engine,
     packed,
     plain_attention,
@@ -66,7 +69,6 @@ HALVES = {
 """How the base is held, and what it is computed in."""
 CHUNK = 100
 BATCH = packed()
-BELOW = Result(0.0, {})
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +169,9 @@ def test_every_rung_gives_the_same_but_for_attention(folders, backend, half):
     skip_unless(backend, "cuda", dtype, 64)
     batch = packed((700, 333, 512, 90))
     decoder, adapter = loaded(folders["llama"], precision, "cuda")
-    engines = {}
-    found = {rung: [] for rung in RUNGS}
-    for rung, runs in found.items():
-        engines[rung] = new_engine(decoder, adapter, sum(batch.row_lengths), rung=rung, attention=backend)
-        runs += [run_engine(engines[rung], adapter, batch) for _ in range(5)]
-        engines.pop(rung).close()
+    found = {
+        rung: [by_engine(decoder, adapter, batch, rung=rung, attention=backend) for _ in range(5)] for rung in RUNGS
+    }
     kept = found["keep"][0]
     noise = max(distances(run.gradients, kept.gradients)["all"] for run in found["keep"][1:])
     apart = {rung: max(distances(run.gradients, kept.gradients)["all"] for run in found[rung]) for rung in RUNGS[1:]}
@@ -180,7 +179,7 @@ def test_every_rung_gives_the_same_but_for_attention(folders, backend, half):
     assert max(apart.values()) <= 3 * noise + 1e-6, f"noise {noise:.1e}, rungs {worst(apart)}"
 
 
-DEEP = {"hidden": 256, "layers": 8, "vocab": 512, "heads": 4, "key_heads": 2, "wide": 512}
+DEEP = {"hidden": 256, "layers": 8, "vocab": 640, "heads": 4, "key_heads": 2, "wide": 512}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,7 +193,7 @@ def test_inputs_come_back_from_the_host(device, hosted):
     small = device == "cpu"
     dtype = torch.float32 if small else torch.bfloat16
     sizes = [(40, 30), (17,), (64, 6), (33,)] if small else [(512,) * 8, (300, 200), (512,) * 7, (1, 700)]
-    batches = [packed(lengths, seed, vocab=512) for seed, lengths in enumerate(sizes)]
+    batches = [packed(lengths, seed) for seed, lengths in enumerate(sizes)]
     decoder = random_decoder(sized_config(**DEEP), device, dtype, "fp32" if small else "bf16")
     adapter = with_adapter(decoder)
     most = max(sum(batch.row_lengths) for batch in batches)
@@ -315,9 +314,6 @@ def test_a_batch_without_labels(folders, device):
     """Rows that teach nothing have loss 0 and add nothing, whatever the head's place."""
     decoder, adapter = loaded(folders["llama"], "fp32", device)
     engine = new_engine(decoder, adapter, 64)
-    from deepdoctor.data.pack import pack
-    from deepdoctor.data.prompt import EncodedRow
-
     (row,) = rows_of((48,))
     silent = pack([EncodedRow(row.input_ids, [-100] * 48, row.reasoning, row.answer)])
     found = run_engine(engine, adapter, silent)
@@ -329,86 +325,75 @@ def test_a_batch_without_labels(folders, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_is_autograds(folders, tmp_path, precision):
-    """Eight steps by the engine and by autograd on the same GPU: one curve, in 16 bits within their rounding.
+    """Eight steps by the engine stay within twice the distance that autograd's keep from autograd in fp32, plus 2e-4.
 
-    A resumed run goes on as if nothing had been; fp16 applies every update.
+    Held-out losses as well. A run resumed at step 4 goes on as the one without a break; fp16 applies every update.
     """
     rows = synthetic_rows(24, longest=200)
     section = short_section(max_steps=8, eval_steps=3, save_steps=4, micro_batch_tokens=500)
 
-    def run(name, by_plan, **settings):
-        decoder = load_decoder(folders["llama"], precision, "cuda")
+    def run(name, held, by_plan, **settings):
+        decoder = load_decoder(folders["llama"], held, "cuda")
         plan = engine_plan(decoder, section, rows) if by_plan else None
         options = {"plan": plan, "held_out": rows[:4], "token_budget": 500, **settings}
         return run_training(decoder, rows, section, tmp_path / name, **options)[0]
 
-    mine, plain = run("engine", True), run("autograd", False)
-    apart = [a - b for a, b in zip(losses(mine), losses(plain), strict=True)]
-    allowed = {"fp32": 2e-4, "bf16": 0.03, "fp16": 0.01}[precision]
-    print(f"{precision}: largest difference of a step's loss {max(map(abs, apart)):.1e}")
-    assert max(map(abs, apart)) < allowed, apart
+    def apart(one, other):
+        pairs = list(zip(losses(one), losses(other), strict=True))
+        pairs += [(one.metrics[step]["held_out_loss"], other.metrics[step]["held_out_loss"]) for step in (2, 5)]
+        return max(abs(a - b) for a, b in pairs)
+
+    mine, plain = run("engine", precision, True), run("autograd", precision, False)
+    exact = run("exact", "fp32", False)
+    far, allowed = apart(mine, exact), 2 * apart(plain, exact) + 2e-4
+    print(f"{precision}: from fp32 {far:.1e}, allowed {allowed:.1e}; from autograd {apart(mine, plain):.1e}")
+    assert far < allowed, (losses(mine), losses(plain), losses(exact))
     assert mine.progress.updates_applied == 8 and losses(mine)[-1] < losses(mine)[0]
-    for step in (2, 5):
-        held = [result.metrics[step]["held_out_loss"] for result in (mine, plain)]
-        assert abs(held[0] - held[1]) < allowed, held
-    newest = tmp_path / "engine" / "checkpoints" / "step-000008"
-    newest.rename(tmp_path / "gone")
-    resumed = run("engine", True, resume=True)
+    (tmp_path / "engine" / "checkpoints" / "step-000008").rename(tmp_path / "gone")
+    resumed = run("engine", precision, True, resume=True)
     assert resumed.metrics[:4] == mine.metrics[:4]
-    again = [a - b for a, b in zip(losses(resumed), losses(mine), strict=True)]
-    assert max(map(abs, again)) < allowed, again
+    assert apart(resumed, mine) < allowed, (losses(resumed), losses(mine))
 
 
-MID = {"hidden": 2048, "layers": 8, "vocab": 32768, "heads": 16, "key_heads": 4, "wide": 5632}
 ROOMS = {
-    "least": (620, {}),
-    "inputs only": (900, {}),
-    "mixed": (1200, {}),
+    "least": (600, {}),
+    "inputs only": (700, {}),
+    "mixed": (900, {}),
     "matrices kept": (2000, {}),
-    "all kept": (3000, {}),
+    "matrices anew": (3000, {}),
     "one micro-batch": (6000, {}),
     "8-bit optimizer": (2500, {"optimizer": "adamw_8bit"}),
+    "large vocabulary": (760, {"vocab": 131_072}),
     "bf16": (3500, {"precision": "bf16"}),
     "fp8": (4500, {"precision": "fp8"}),
     "flash-attn-4": (1500, {"attention": "fa4"}),
     "memory-efficient": (1300, {"attention": "efficient"}),
 }
-
-
-def mid_rows(count=24):
-    """Rows of 300 to 1,100 tokens."""
-    return rows_of([300 + 97 * number % 800 for number in range(count)], vocab=32768)
-
-
-def empty_gpu():
-    """Give every block back; returns the bytes that something still holds."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated()
+"""MiB that the engine may take, and what else is special."""
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ROOMS)
 def test_the_peak_is_as_planned(tmp_path, name):
     """Most bytes allocated in three steps are those of the plan, to 5 % and 64 MiB; afterwards they are given back."""
-    room, chosen = ROOMS[name]
-    optimizer, precision = chosen.get("optimizer", "adamw"), chosen.get("precision", "nf4")
-    if optimizer == "adamw_8bit":
+    room, special = ROOMS[name]
+    chosen = {"optimizer": "adamw", "precision": "nf4", "attention": "flash", "vocab": MID["vocab"], **special}
+    if chosen["optimizer"] == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    if precision == "fp8" and (reason := no_fp8_because(torch.device("cuda"))):
+    if chosen["precision"] == "fp8" and (reason := no_fp8_because(torch.device("cuda"))):
         pytest.skip(reason)
-    backend = chosen.get("attention", "flash")
-    skip_unless(backend, "cuda", torch.bfloat16, 128)
+    skip_unless(chosen["attention"], "cuda", torch.bfloat16, 128)
     before = empty_gpu()
     rows = mid_rows()
-    section = TrainSection(max_steps=3, shuffle=False, save_steps=0, optimizer=optimizer)
-    decoder = random_decoder(sized_config(**MID), "cuda", torch.bfloat16, precision)
-    plan = engine_plan(decoder, section, rows, room, attention=backend)
+    section = TrainSection(max_steps=3, shuffle=False, save_steps=0, optimizer=chosen["optimizer"])
+    config = sized_config(**{**MID, "vocab": chosen["vocab"]})
+    decoder = random_decoder(config, "cuda", torch.bfloat16, chosen["precision"])
+    plan = engine_plan(decoder, section, rows, room, attention=chosen["attention"])
     adapter = new_adapter(decoder, section)
-    result = train(decoder, adapter, rows, section, seed=7, folder=tmp_path, token_budget=1, plan=plan)
-    peak, planned = (torch.cuda.max_memory_allocated() - before) / MIB, plan.predicted_peak_mib
+    peaks = []  # before the end, which brings the head back from the host
+    options = {"plan": plan, "on_step": lambda metrics, steps: peaks.append(torch.cuda.max_memory_allocated())}
+    result = train(decoder, adapter, rows, section, seed=7, folder=tmp_path, token_budget=1, **options)
+    peak, planned = (peaks[-1] - before) / MIB, plan.predicted_peak_mib
     parts = {part: round(nbytes / MIB) for part, nbytes in plan.engine.parts.items()}
     told = (
         f"{name}: measured {peak:,.0f} MiB, planned {planned:,.0f} MiB ({peak / planned:.1%}) in a room of {room:,}; "
@@ -417,31 +402,32 @@ def test_the_peak_is_as_planned(tmp_path, name):
     print(told)
     assert result.plan is plan, f"stepped down: {told}"
     assert abs(peak - planned) <= 0.05 * planned + 64, told
-    assert peak <= room + 64, told
     kept = decoder.nbytes + sum(parameter.nbytes for parameter in adapter.parameters())
     left = empty_gpu() - before
     assert left <= kept + 16 * MIB, f"{left / MIB:,.0f} MiB held after training, of which {kept / MIB:,.0f} are known"
 
 
 class Squeezed:
-    """A run on a card that turns out smaller than planned, in fp32 so that curves can be compared closely."""
+    """A run on a card that turns out smaller than planned; in fp32, so that curves can be compared closely."""
 
-    room = 3000.0
+    room = 2330.0
 
     def __init__(self):
-        self.before = empty_gpu()
+        empty_gpu()
         self.rows = mid_rows(16)
         self.section = TrainSection(max_steps=6, shuffle=False, save_steps=0, learning_rate=1e-3)
         self.decoder = random_decoder(sized_config(**{**MID, "layers": 4}), "cuda", torch.float32, "nf4")
-        self.total = torch.cuda.get_device_properties(0).total_memory
 
     def plan(self, spare_mib=0.0):
         """The plan, with that much left unused."""
         return engine_plan(self.decoder, self.section, self.rows, self.room, spare_mib=spare_mib)
 
-    def limit(self, nbytes):
-        """Let PyTorch hold no more than that in all."""
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self.total))
+    def limit_to_now(self, more_mib=4.0):
+        """Let PyTorch hold no more than it does now, and a little."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more_mib * MIB) / total)
 
     def train(self, folder, on_step=None):
         """Losses, and the result."""
@@ -454,7 +440,7 @@ class Squeezed:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("when", ["from the start", "in the probe", "in mid-run"])
-def test_a_card_smaller_than_planned(tmp_path, caplog, when):
+def test_a_card_smaller_than_planned(tmp_path, caplog, monkeypatch, when):
     """The run steps down by itself, says from what to what, and ends with the curve it would have had.
 
     From the start: not even the arena fits. In the probe: the arena does, what comes on top does not. In mid-run:
@@ -462,70 +448,54 @@ def test_a_card_smaller_than_planned(tmp_path, caplog, when):
     """
     run = Squeezed()
     expected, whole = run.train(tmp_path / "whole")
-    assert whole.plan.engine.settings == run.plan().engine.settings, "the plan itself must fit"
     plan = run.plan()
-    beside = plan.engine.parts["attention and loss"]
-    peak = run.before + plan.engine.peak_bytes
+    assert whole.plan.engine.settings == plan.engine.settings, "the plan itself must fit"
+    less = run.plan(0.07 * plan.available_mib).engine
+    assert less.max_tokens < plan.engine.max_tokens, "stepping down is to change the micro-batches too"
+    probe = EngineGradients.probe
+
+    def late(gradients, steps):
+        run.limit_to_now()
+        return probe(gradients, steps)
 
     def squeeze(metrics, steps):
         if when == "in mid-run" and metrics["step"] == 2:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            run.limit(torch.cuda.memory_reserved() + 4 * MIB)
+            run.limit_to_now()
 
     empty_gpu()
+    if when == "in the probe":
+        monkeypatch.setattr(EngineGradients, "probe", late)
     try:
         if when == "from the start":
-            run.limit(0.8 * peak)
-        elif when == "in the probe":
-            run.limit(peak - beside + 0.3 * beside)
+            run.limit_to_now(0.69 * (plan.engine.peak_bytes - run.decoder.device_nbytes) / MIB)
         with caplog.at_level(logging.WARNING):
             found, result = run.train(tmp_path / "squeezed", squeeze)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         empty_gpu()
-    after = result.plan
-    told = f"{plan.engine.counts()} of {plan.engine.max_tokens} became {after.engine.counts()} of " + str(
-        after.engine.max_tokens
-    )
-    print(f"{when}: {told}, {caplog.text}")
-    assert after.predicted_peak_mib < plan.predicted_peak_mib, told
+    before, after = plan.engine, result.plan.engine
+    told = f"{before.counts()} of {before.max_tokens} tokens became {after.counts()} of {after.max_tokens}"
+    print(f"{when}: {told}; {caplog.text}")
+    assert 0.6 * plan.predicted_peak_mib < result.plan.predicted_peak_mib < plan.predicted_peak_mib, told
     assert f"with a plan for {plan.predicted_peak_mib:.0f} MiB: stepping down to" in caplog.text
-    assert f"stepping down to {after.predicted_peak_mib:.0f} MiB" in caplog.text
+    assert f"stepping down to {result.plan.predicted_peak_mib:.0f} MiB" in caplog.text
     apart = (found - expected).abs().max()
     assert apart < 1e-3, f"{told}: curves differ by {apart:.1e}, {found.tolist()} and {expected.tolist()}"
 
 
 @pytest.mark.gpu
-def test_memory_that_never_suffices(tmp_path):
-    """Where no plan fits what is left, the error says so; nothing is tried for ever."""
-    from deepdoctor.errors import TrainingError
-
-    run = Squeezed()
-    empty_gpu()
-    try:
-        run.limit(torch.cuda.memory_reserved() + 8 * MIB)
-        with pytest.raises(TrainingError, match="MiB") as caught:
-            run.train(tmp_path)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        empty_gpu()
-    assert caught.value.hint
-
-
-@pytest.mark.gpu
-def test_a_new_engine_takes_the_place_of_the_old(tmp_path):
-    """Stepping down frees the old engine's memory before the new one takes its own."""
+def test_stepping_down_frees_the_old_engine():
+    """The old engine's memory comes back before the new one takes its own."""
     run = Squeezed()
     adapter = new_adapter(run.decoder, run.section).to("cuda")
-    gradients = EngineGradients(run.decoder, adapter, run.section, run.plan(), lambda spare: run.plan(spare))
+    gradients = EngineGradients(run.decoder, adapter, run.section, run.plan(), run.plan)
     before = torch.cuda.memory_allocated()
-    arena = gradients.plan.engine.parts["arena"] + gradients.plan.engine.parts["matrices"]
+    taken = gradients.plan.engine.parts["arena"] + gradients.plan.engine.parts["matrices"]
     gradients._step_down()
     freed = before - torch.cuda.memory_allocated()
-    assert freed >= 0.98 * arena, f"{freed / MIB:,.0f} MiB came back of {arena / MIB:,.0f}"
-    gradients.plan = replace(gradients.plan)
+    assert freed >= 0.98 * taken, f"{freed / MIB:,.0f} MiB came back of {taken / MIB:,.0f}"
     gradients._build()
-    taken = gradients.plan.engine.parts["arena"] + gradients.plan.engine.parts["matrices"]
-    assert torch.cuda.memory_allocated() - (before - freed) <= taken + 8 * MIB
+    again = gradients.plan.engine.parts["arena"] + gradients.plan.engine.parts["matrices"]
+    held = torch.cuda.memory_allocated() - (before - freed)
+    assert held <= again + 8 * MIB, f"{held / MIB:,.0f} MiB taken, {again / MIB:,.0f} planned"
     gradients.close()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_more_room_never_costs_more(case, rows, found):
     """
     rooms = sorted(room_between(case, rows, share) for share in found)
     chosen = [case.choose(rows, room) for room in rooms]
-    for less, more in zip(chosen, chosen[1:], strict=False):
+    for less, more in pairwise(chosen):
         if less is None:
             continue
         assert more is not None, f"{case}: {told(less)} fits {rooms}, then nothing does"
@@ -163,7 +164,7 @@ def test_more_room_never_costs_more_to_the_last_bit():
     low = case.smallest(5376).peak_bytes
     rooms = [low + (top - low) * share // 400 for share in range(401)]
     chosen = [choice for room in rooms if (choice := case.choose(rows, room))]
-    dearer = [(told(a), told(b)) for a, b in zip(chosen, chosen[1:], strict=False) if b.cost > a.cost * (1 + 1e-9)]
+    dearer = [(told(a), told(b)) for a, b in pairwise(chosen) if b.cost > a.cost * (1 + 1e-9)]
     assert not dearer, dearer[0]
 
 
@@ -180,7 +181,7 @@ def test_rungs_get_lighter_with_more_room(tokens):
     chosen = [choice for room in rooms if (choice := case.choose(rows, room))]
     assert len({choice.rungs for choice in chosen}) > 10
     assert chosen[-1].rungs == ("keep",) * 16 and chosen[-1].extra_work == 0
-    for less, more in zip(chosen, chosen[1:], strict=False):
+    for less, more in pairwise(chosen):
         assert more.extra_work <= less.extra_work + 1e-12, f"{told(less)}, then {told(more)}"
 
 

@@ -83,7 +83,7 @@ class BorderedLaunch:
             "enable_fp_fusion": False,
         }
         self._border = _write_border[(pieces + patches,)] if border.rank else None
-        self._whole = _write[(pieces + patches + tiles,)] if self.base else None
+        self._whole = _write_bordered[(pieces + patches + tiles,)] if self.base else None
         self._tiles = {
             **self._constants,
             "BORDER": pieces + patches,
@@ -195,7 +195,7 @@ def _write_border(
 
 
 @triton.jit
-def _write(
+def _write_bordered(
     out,
     table,
     scale,

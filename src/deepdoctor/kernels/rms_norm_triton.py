@@ -42,7 +42,7 @@ def _scale(wide, rstd, weight, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_forward(
+def _add_norm(
     x, delta, weight, y, rstd, x_stride, delta_stride, y_stride, rows, D, eps,
     HAS_DELTA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _add_forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _normalise(x, rstd, weight, y, x_stride, y_stride, rows, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_again(x, rstd, weight, y, x_stride, y_stride, rows, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, col, mask = _tile(D, ROWS, BLOCK, rows)
     wide = tl.load(x + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
     w = _weight(weight, D, BLOCK)
@@ -73,7 +73,7 @@ def _normalise(x, rstd, weight, y, x_stride, y_stride, rows, D, ROWS: tl.constex
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def _norm_backward(
     dy, x, rstd, weight, add, out, dy_stride, x_stride, add_stride, out_stride, rows, D,
     HAS_ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def add_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, y: 
     given = x if delta is None else delta
     grid, tile = _shape(rows, width)
     with torch.cuda.device_of(x):
-        _add_forward[grid](
+        _add_norm[grid](
             x, given, weight, y, rstd, x.stride(0), given.stride(0), y.stride(0), rows, width, eps,
             HAS_DELTA=delta is not None, **tile,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def normalise(x: Tensor, rstd: Tensor, weight: Tensor, y: Tensor) -> None:
         return
     grid, tile = _shape(rows, width)
     with torch.cuda.device_of(x):
-        _normalise[grid](x, rstd, weight, y, x.stride(0), y.stride(0), rows, width, **tile)
+        _norm_again[grid](x, rstd, weight, y, x.stride(0), y.stride(0), rows, width, **tile)
 
 
 def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add: Tensor | None, out: Tensor) -> None:
@@ -133,7 +133,7 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add: Tensor | 
     given = x if add is None else add
     grid, tile = _shape(rows, width)
     with torch.cuda.device_of(x):
-        _backward[grid](
+        _norm_backward[grid](
             dy, x, rstd, weight, given, out, dy.stride(0), x.stride(0), given.stride(0), out.stride(0), rows, width,
             HAS_ADD=add is not None, **tile,
         )  # fmt: skip

@@ -52,7 +52,7 @@ def _walk(
 
 
 @triton.jit
-def _rotate(
+def _rope(
     x, out, cos, sin, token_stride, head_stride, out_stride, INVERSE: tl.constexpr,
     HEADS: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _rotate(
 
 
 @triton.jit
-def _backward(
+def _rope_backward(
     dq, dk, dv, out, cos, sin, q_token, q_head, k_token, k_head, v_token, v_head, out_stride,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, STEP: tl.constexpr, KEY_STEP: tl.constexpr,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
@@ -96,7 +96,7 @@ def rotate(
     block = triton.next_power_of_2(half)
     step = _step(heads, block)
     with torch.cuda.device_of(x):
-        _rotate[(x.shape[0],)](
+        _rope[(x.shape[0],)](
             x, out, cos, sin, x.stride(0), x.stride(1), out.stride(0), INVERSE=inverse,
             HEADS=heads, ROTATED=rotated, STEP=step, HALF=half, BLOCK=block, num_warps=_warps(step * block),
         )  # fmt: skip
@@ -111,7 +111,7 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: 
     block = triton.next_power_of_2(head_dim // 2)
     step = _step(heads, block)
     with torch.cuda.device_of(dq):
-        _backward[(tokens,)](
+        _rope_backward[(tokens,)](
             dq, dk, dv, out, cos, sin, *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], out.stride(0),
             HEADS=heads, KEY_HEADS=key_heads, STEP=step, KEY_STEP=_step(key_heads, block),
             HALF=head_dim // 2, BLOCK=block, num_warps=_warps(step * block),

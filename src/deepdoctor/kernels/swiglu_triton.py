@@ -30,7 +30,7 @@ def _tile(rows, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward(gate_up, out, stride, out_stride, rows, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_forward(gate_up, out, stride, out_stride, rows, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, col, mask = _tile(rows, F, ROWS, BLOCK)
     at = gate_up + row * stride + col
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def _forward(gate_up, out, stride, out_stride, rows, F, ROWS: tl.constexpr, BLOC
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def _swiglu_backward(
     gate_up, d_act, grad, act, stride, d_act_stride, grad_stride, act_stride, rows, F,
     HAS_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def forward(gate_up: Tensor, out: Tensor) -> None:
         return
     grid, tile = _shape(rows, width)
     with torch.cuda.device_of(out):
-        _forward[grid](gate_up, out, gate_up.stride(0), out.stride(0), rows, width, **tile)
+        _swiglu_forward[grid](gate_up, out, gate_up.stride(0), out.stride(0), rows, width, **tile)
 
 
 def backward(gate_up: Tensor, d_act: Tensor, grad: Tensor, act: Tensor | None) -> None:
@@ -84,7 +84,7 @@ def backward(gate_up: Tensor, d_act: Tensor, grad: Tensor, act: Tensor | None) -
     given = d_act if act is None else act
     grid, tile = _shape(rows, width)
     with torch.cuda.device_of(d_act):
-        _backward[grid](
+        _swiglu_backward[grid](
             gate_up, d_act, grad, given, gate_up.stride(0), d_act.stride(0), grad.stride(0), given.stride(0),
             rows, width, HAS_ACT=act is not None, **tile,
         )  # fmt: skip
