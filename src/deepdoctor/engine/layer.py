@@ -27,9 +27,13 @@ from deepdoctor.kernels.flash_attention import Backend, PackedRows, attention_ba
 from deepdoctor.kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from deepdoctor.kernels.rope import rope_backward, rope_qkv_
 from deepdoctor.kernels.swiglu import swiglu_backward_, swiglu_forward
+from deepdoctor.kernels.swiglu_lora import swiglu_lora_backward_, swiglu_lora_forward
 from deepdoctor.model.decoder import DecoderLayer
 
 __all__ = ["Batch", "LayerEngine", "Saved"]
+
+FUSE_THIN = False
+"""Whether SwiGLU and the thin products that read its output share a pass (``kernels/swiglu_lora.py``)."""
 
 
 @dataclass(frozen=True)
@@ -204,14 +208,47 @@ class LayerEngine:
             kept.rstd2.append(self._mlp_input(x[part], x_mid, across["heads"][part], n2, o))
             self.gate_up.extend(n2, gate_up)
             self.gate_up.forward(n2, gate_up, gu[:, :wide])
-            swiglu_forward(gu[:, :wide], out=act[:, : shape.wide])
-            self.down.extend(act, down)
+            self._activate(gu, act, down)
             self.down.forward(act, down, out[part])
             if rung == "elementwise":
                 across["u2"][part] = n2[:, shape.hidden :]
                 across["ud"][part] = act[:, shape.wide :]
             if "x_mid" not in across:
                 out[part] += x_mid
+
+    def _fuses(self) -> bool:
+        """Whether SwiGLU takes u and v along: not for fp8 matrices, and not without adapters."""
+        pair = (self.gate_up, self.down)
+        return FUSE_THIN and all(type(matrix) is Bordered for matrix in pair) and any(matrix.rank for matrix in pair)
+
+    def _activate(self, gu: Tensor, act: Tensor, down: Tensor) -> None:
+        """act (C, F + R) = [silu(gate) * up, u], from gu (C, 2F + R)."""
+        wide = self.shape.wide
+        if self._fuses():
+            a = down[self.down.out :, :wide]
+            swiglu_lora_forward(gu[:, : 2 * wide], a, act=act[:, :wide], u=act[:, wide:])
+        else:
+            swiglu_forward(gu[:, : 2 * wide], out=act[:, :wide])
+            self.down.extend(act, down)
+
+    def _activation_gradient(
+        self, gu: Tensor, d_act: Tensor, act: Tensor | None, u: Tensor | None, gate_up: Tensor, down: Tensor
+    ) -> None:
+        """gu (C, 2F + R) becomes [d_gate, d_up, v]; act (C, F) and u (C, R) are computed again where given."""
+        wide, inn = self.shape.wide, self.gate_up.inn
+        halves = gu[:, : 2 * wide]
+        if not self._fuses():
+            swiglu_backward_(halves, d_act, act=act)
+            if act is not None and u is not None:
+                self.down.inner(act, down, u)
+            self.gate_up.extend_gradient(gu, gate_up)
+            return
+        b: dict[int, Tensor] = {}
+        for block in self.gate_up.blocks:
+            columns = slice(inn + block.rank_at, inn + block.rank_at + block.weight.shape[1])
+            b[block.start] = gate_up[block.start : block.start + wide, columns]
+        a = None if u is None else down[self.down.out :, :wide]
+        swiglu_lora_backward_(halves, d_act, b.get(0), b.get(wide), v=gu[:, 2 * wide :], act=act, a=a, u=u)
 
     def backward(self, kept: Saved, stream: Tensor, rung: Rung, batch: Batch, arena: Arena, last: bool = False) -> None:
         """Turn the gradient of the output in ``stream`` (T, D + R) into that of the input, adding to A's and B's.
@@ -282,16 +319,11 @@ class LayerEngine:
                 u2 = n2[:, hidden : hidden + rg]
             self.down.extend_gradient(dy, down)
             self.down.input_gradient(dy[:, : hidden + rd], down, d_act)
-            swiglu_backward_(gu[:, :wide], d_act, act=None if rung == "keep" else act[:, : shape.wide])
-            if rung == "keep":
-                ud = act[:, shape.wide :]
-            else:
-                ud = here["ud"]
-                if rung != "elementwise":
-                    self.down.inner(act[:, : shape.wide], down, ud)
+            ud = act[:, shape.wide :] if rung == "keep" else here["ud"]
+            again = None if rung == "keep" else act[:, : shape.wide]
+            self._activation_gradient(gu, d_act, again, None if rung in ("keep", "elementwise") else ud, gate_up, down)
             self.down.a_gradients(dy[:, : hidden + rd], act[:, : shape.wide])
             self.down.b_gradients(dy[:, : hidden + rd], ud)
-            self.gate_up.extend_gradient(gu, gate_up)
             self.gate_up.input_gradient(gu, gate_up, d_n2)
             self.gate_up.a_gradients(gu, n2[:, :hidden])
             self.gate_up.b_gradients(gu, u2)

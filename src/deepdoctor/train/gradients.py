@@ -27,7 +27,7 @@ from deepdoctor.sizes import MIB
 from deepdoctor.train.flat import FlatAdapter, Piece
 from deepdoctor.train.held_out import RowLoss, held_out_losses
 from deepdoctor.train.optimizer import can_flatten, clip_on_device
-from deepdoctor.train.plan import Plan
+from deepdoctor.train.plan import ENGINE_SHARE, Plan
 
 __all__ = ["AutogradGradients", "EngineGradients", "Gradients", "Prepared", "Replan", "make_gradients"]
 
@@ -40,17 +40,18 @@ LONGEST_PROBE = 65_536
 WARMED_SIZES = 48
 """Micro-batch sizes whose kernels are loaded before the first step; in mid-run each would stop the queue."""
 STEP_DOWN = 0.07
-"""Share of the card that each step down leaves unused."""
+"""Share of a plan's memory that the next plan down does without."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step's rows, packed. labels: label tokens of all rows."""
+    """A step's rows, packed. labels: label tokens of all rows. budget: tokens that a micro-batch may have had."""
 
     rows: Sequence[EncodedRow]
     batches: Sequence[MicroBatch]
     labels: int
     tokens: int
+    budget: int = 0
 
 
 class Gradients(Protocol):
@@ -203,7 +204,8 @@ class EngineGradients:
         torch.cuda.empty_cache()
         if self.replan is None:
             raise TrainingError("the GPU is out of memory", "close other programs on it, or set `--model.vram` lower")
-        self.spare_mib += STEP_DOWN * self.plan.available_mib
+        # Below what the plan wanted, not below the card: it may have left much of that unused.
+        self.spare_mib += self.plan.available_mib - (1 - STEP_DOWN) * self.plan.predicted_peak_mib / ENGINE_SHARE
         before = self.plan.predicted_peak_mib
         self.plan = self.replan(self.spare_mib)
         log.warning(
@@ -222,11 +224,14 @@ class EngineGradients:
         for group in groups:
             chosen = [rows[i] for i in group]
             batches.append(pack([*chosen, *_filler(sum(lengths[i] for i in group))]))
-        return Prepared(rows, batches, count_labels(rows), sum(lengths))
+        return Prepared(rows, batches, count_labels(rows), sum(lengths), choice.max_tokens)
 
     def compute(self, step: Prepared, scale: float) -> Tensor:
         """Add the gradient of ``scale`` times the mean loss; return the mean loss () on the device."""
         while True:
+            assert self.plan.engine is not None
+            if step.budget != self.plan.engine.max_tokens:
+                step = self.prepare(step.rows)  # packed for the plan before
             try:
                 assert self.engine is not None
                 total = torch.zeros((), dtype=torch.float64, device=self.decoder.device)
@@ -238,7 +243,6 @@ class EngineGradients:
             # Outside the except clause: the exception holds the frames, and with them the memory.
             self._build()
             self.flat.zero_grad()
-            step = self.prepare(step.rows)
 
     def _rows(self, packed: MicroBatch) -> Rows:
         batch = packed.to(self.decoder.device)
@@ -254,23 +258,32 @@ class EngineGradients:
         device = self.decoder.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        # Stands for the optimizer's state, which the first update allocates.
+        state = torch.empty(round(self.plan.optimizer_mib * MIB), dtype=torch.uint8, device=device)
         prepared = [self.prepare(rows) for rows in steps]
-        if max(sum(batch.row_lengths) for step in prepared for batch in step.batches) > LONGEST_PROBE:
-            return None
         largest, rows = max(
             ((batch, step.rows) for step in prepared for batch in step.batches), key=lambda b: sum(b[0].row_lengths)
         )
+        if sum(largest.row_lengths) > LONGEST_PROBE:
+            return None
         labels = max(1, int(largest.labels.shape[0]))
-        self.compute(Prepared(rows, [largest], labels, sum(largest.row_lengths)), 1.0)
+        budget = prepared[0].budget
+        self.compute(Prepared(rows, [largest], labels, sum(largest.row_lengths), budget), 1.0)
         peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
         if device.type == "cuda":
-            sizes = {sum(batch.row_lengths): batch for step in prepared for batch in step.batches}
-            for batch in list(sizes.values())[:WARMED_SIZES]:
-                assert self.engine is not None
-                self.engine.gradients(self._rows(batch), 1.0, layers=2)
-                torch.cuda.synchronize(device)
+            self._warm_up(steps)
+        del state
         self.flat.zero_grad()
         return peak
+
+    def _warm_up(self, steps: Sequence[Sequence[EncodedRow]]) -> None:
+        """Load the kernels of every size that will come, through two layers."""
+        prepared = [self.prepare(rows) for rows in steps]  # anew: the probe may have stepped down
+        sizes = {sum(batch.row_lengths): batch for step in prepared for batch in step.batches}
+        for batch in list(sizes.values())[:WARMED_SIZES]:
+            assert self.engine is not None
+            self.engine.gradients(self._rows(batch), 1.0, layers=2)
+            torch.cuda.synchronize(self.decoder.device)
 
     def unscale(self, factor: float) -> None:
         """Multiply the gradient."""
@@ -291,14 +304,19 @@ class EngineGradients:
 
     def held_out(self, rows: Sequence[EncodedRow]) -> list[RowLoss]:
         """Return the losses of rows that do not train."""
-        choice = self.plan.engine
-        assert choice is not None and self.engine is not None
-        engine = self.engine
 
         def losses_of(batch: MicroBatch) -> Tensor:
-            return engine.losses(self._rows(batch))
+            assert self.engine is not None
+            return self.engine.losses(self._rows(batch))
 
-        return held_out_losses(self.decoder, self.adapter, rows, choice.max_tokens, losses_of=losses_of)
+        while True:
+            choice = self.plan.engine
+            assert choice is not None
+            try:
+                return held_out_losses(self.decoder, self.adapter, rows, choice.max_tokens, losses_of=losses_of)
+            except torch.OutOfMemoryError:
+                self._step_down()
+            self._build()
 
     def close(self) -> None:
         """Give back the engine's memory and the gradient; the head comes back to the GPU, which answering needs."""

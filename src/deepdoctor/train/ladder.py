@@ -7,6 +7,7 @@ cheapest setting that fits is taken. Costs only rank settings; speed is measured
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -258,7 +259,7 @@ class _Setting:
         parts = {**self.base, "arena": arena.nbytes, "attention and loss": factors + max(temporary, loss)}
         if fixed.fp8:
             parts["fp8 rows"] = fp8_bytes(shape, min(chunk, tokens))
-        cost, extra = _cost(self.config, fixed, self.work, rungs, chunk, self.sizes, self.keep, head_rows)
+        cost, extra = _cost(self.config, fixed, self.work, rungs, chunk, self.sizes, self.keep, head_rows, logit_tokens)
         host = arena.host_bytes + (fixed.embedding if self.embedding_on_host else 0)
         return Choice(
             rungs,
@@ -287,9 +288,9 @@ class _Setting:
         left = room - sum(self.base.values())
         if left <= 0:
             return
-        logits = _logit_tokens(left, self.config.vocab_size, self.element, self.tokens)
+        largest = _logit_tokens(left, self.config.vocab_size, self.element, self.tokens)
         layers = self.config.num_layers
-        for chunk in self.chunks():
+        for chunk, logits in itertools.product(self.chunks(), _logit_choices(largest)):
             for dense, lean in MIXES:
                 low, high = 0, layers
                 if self.choice((lean,) * layers, chunk, logits).peak_bytes > room:
@@ -313,6 +314,11 @@ def _logit_tokens(left: int, vocab: int, element: int, tokens: int) -> int:
     return 128
 
 
+def _logit_choices(largest: int) -> list[int]:
+    """Numbers of tokens up to ``largest`` that are worth weighing."""
+    return sorted({largest, *(count for count in (128, 256, 512, 1024) if count < largest)}, reverse=True)
+
+
 def _cost(
     config: ModelConfig,
     fixed: Fixed,
@@ -322,10 +328,13 @@ def _cost(
     sizes: Sequence[Sequence[int]],
     keep: bool,
     head_rows: int | None,
+    logit_tokens: int,
 ) -> tuple[float, float]:
     """Operations of a mean step, and the share that recompute adds to the products."""
     plain = config.num_layers * (2 * work.layer + 3.5 * work.attention) + 2 * work.head
     again = sum(work.again(rung) for rung in rungs)
+    # Few tokens at once, and the head's product waits for the head to be read, once forward and once backward.
+    waits = max(0.0, 2 * fixed.head * OPERATIONS_PER_BYTE / logit_tokens - 2 * work.head)
     per_micro_batch = 0.0
     if not keep:
         # Read as NF4 and written in the compute dtype, once forward and once backward.
@@ -336,7 +345,7 @@ def _cost(
     for cut in sizes:
         for tokens in cut:
             at_once = min(tokens, chunk)
-            total += tokens * (plain + again) * (1 + HALF_SPEED_TOKENS / at_once) + per_micro_batch
+            total += tokens * ((plain + again) * (1 + HALF_SPEED_TOKENS / at_once) + waits) + per_micro_batch
     return total / len(sizes), again / plain
 
 

@@ -87,6 +87,8 @@ def _without_waiting(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Opti
     """A bitsandbytes optimizer whose step does not wait for the GPU after every parameter, as its own does (0.50)."""
 
     class Unwaiting(kind):  # type: ignore[misc, valid-type]
+        initialized: bool
+
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             if closure is not None or self.is_paged:

@@ -18,6 +18,7 @@ import torch
 
 from deepdoctor.engine.layout import LayerShape
 from deepdoctor.engine.memory import fp8_matrix_bytes
+from deepdoctor.engine.step import padded
 from deepdoctor.errors import TrainingError
 from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.kernels.linear_cross_entropy import CHUNK_TOKENS
@@ -404,7 +405,7 @@ def _does_not_fit(
     room = available * ENGINE_SHARE
 
     def needed(tokens: int) -> float:
-        return smallest(config, shape, fixed, tokens, element=element, attention=attention).peak_bytes / MIB
+        return smallest(config, shape, fixed, padded(tokens), element=element, attention=attention).peak_bytes / MIB
 
     message = (
         f"one row of {longest} tokens needs {needed(longest):,.0f} MiB on the GPU, {room:,.0f} MiB are there for it"
