@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +29,12 @@ __all__ = ["Session"]
 
 ROOM_BYTES = 2 * 2**30
 """What answering wants beside the base: keys and values of a few answers, and a prompt."""
+
+
+def _import_quietly(name: str) -> None:
+    """Import a module ahead of its use; where it is missing, its use says so."""
+    with suppress(ImportError):
+        importlib.import_module(name)
 
 
 class Session:
@@ -60,6 +69,9 @@ class Session:
         device = choose_device(model.device)
         if model.vram and device.type == "cuda":
             limit_memory(device, parse_size(model.vram, "model.vram"))
+        if device.type == "cuda" and self.recipe.train.optimizer == "adamw_8bit":
+            # Seconds of import, while the weights are read.
+            threading.Thread(target=_import_quietly, args=("bitsandbytes",), daemon=True).start()
         started = time.perf_counter()
         config_layers = None
         if self.source.is_dir():

@@ -6,6 +6,7 @@ beside it is worked out from what these allocate, and so is what fp8 products ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,7 @@ def plan_arena(
     return ArenaPlan(most, hosted * x)
 
 
+@functools.cache
 def _layer_needs(
     shape: LayerShape, rung: Rung, tokens: int, chunk: int, element: int, early: int, late: int
 ) -> tuple[int, int]:

@@ -8,6 +8,7 @@ cheapest setting that fits is taken. Costs only rank settings; speed is measured
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -249,18 +250,32 @@ class _Setting:
             "workspace": WORKSPACE + self.tokens * (4 * self.shape.head_dim + 48),
         }
 
-    def choice(self, rungs: tuple[Rung, ...], chunk: int, logit_tokens: int) -> Choice:
-        """Weigh one ladder."""
-        shape, tokens, element, fixed = self.shape, self.tokens, self.element, self.fixed
-        head_rows = max(1024, HEAD_PART // (shape.hidden * element)) if self.head_on_host else None
+    @property
+    def head_rows(self) -> int | None:
+        """Rows of the head at once where it lies in host memory."""
+        return max(1024, HEAD_PART // (self.shape.hidden * self.element)) if self.head_on_host else None
+
+    def memory(self, rungs: tuple[Rung, ...], chunk: int, logit_tokens: int) -> tuple[dict[str, int], int]:
+        """Bytes of one ladder by part, and in host memory."""
+        shape, tokens, element = self.shape, self.tokens, self.element
         arena = plan_arena(shape, rungs, tokens, chunk, element, self.keep)
         factors, temporary = attention_bytes(shape, rungs, tokens, element, self.attention)
-        loss = loss_bytes(shape, tokens, self.config.vocab_size, logit_tokens, element, head_rows)
+        loss = loss_bytes(shape, tokens, self.config.vocab_size, logit_tokens, element, self.head_rows)
         parts = {**self.base, "arena": arena.nbytes, "attention and loss": factors + max(temporary, loss)}
-        if fixed.fp8:
+        if self.fixed.fp8:
             parts["fp8 rows"] = fp8_bytes(shape, min(chunk, tokens))
+        return parts, arena.host_bytes
+
+    def peak(self, rungs: tuple[Rung, ...], chunk: int, logit_tokens: int) -> int:
+        """Bytes of one ladder."""
+        return sum(self.memory(rungs, chunk, logit_tokens)[0].values())
+
+    def choice(self, rungs: tuple[Rung, ...], chunk: int, logit_tokens: int) -> Choice:
+        """Weigh one ladder."""
+        tokens, fixed, head_rows = self.tokens, self.fixed, self.head_rows
+        parts, arena_host = self.memory(rungs, chunk, logit_tokens)
         cost, extra = _cost(self.config, fixed, self.work, rungs, chunk, self.sizes, self.keep, head_rows, logit_tokens)
-        host = arena.host_bytes + (fixed.embedding if self.embedding_on_host else 0)
+        host = arena_host + (fixed.embedding if self.embedding_on_host else 0)
         return Choice(
             rungs,
             tokens,
@@ -293,12 +308,12 @@ class _Setting:
         for chunk, logits in itertools.product(self.chunks(), _logit_choices(largest)):
             for dense, lean in MIXES:
                 low, high = 0, layers
-                if self.choice((lean,) * layers, chunk, logits).peak_bytes > room:
+                if self.peak((lean,) * layers, chunk, logits) > room:
                     continue
                 while low < high:
                     middle = (low + high) // 2
                     rungs = (lean,) * middle + (dense,) * (layers - middle)
-                    if self.choice(rungs, chunk, logits).peak_bytes <= room:
+                    if self.peak(rungs, chunk, logits) <= room:
                         high = middle
                     else:
                         low = middle + 1
@@ -332,7 +347,7 @@ def _cost(
 ) -> tuple[float, float]:
     """Operations of a mean step, and the share that recompute adds to the products."""
     plain = config.num_layers * (2 * work.layer + 3.5 * work.attention) + 2 * work.head
-    again = sum(work.again(rung) for rung in rungs)
+    again = sum(work.again(rung) * count for rung, count in Counter(rungs).items())
     # Few tokens at once, and the head's product waits for the head to be read, once forward and once backward.
     waits = max(0.0, 2 * fixed.head * OPERATIONS_PER_BYTE / logit_tokens - 2 * work.head)
     per_micro_batch = 0.0
@@ -341,11 +356,10 @@ def _cost(
         per_micro_batch += 2 * (fixed.linears + fixed.matrices) * OPERATIONS_PER_BYTE
     if head_rows is not None:
         per_micro_batch += 2 * fixed.head * OPERATIONS_PER_HOST_BYTE + work.head
-    total = 0.0
-    for cut in sizes:
-        for tokens in cut:
-            at_once = min(tokens, chunk)
-            total += tokens * ((plain + again) * (1 + HALF_SPEED_TOKENS / at_once) + waits) + per_micro_batch
+    cuts = [tokens for cut in sizes for tokens in cut]
+    # Tokens, and what small products take longer, as tokens too.
+    seen, slower = sum(cuts), sum(HALF_SPEED_TOKENS * tokens / min(tokens, chunk) for tokens in cuts)
+    total = (plain + again) * (seen + slower) + waits * seen + per_micro_batch * len(cuts)
     return total / len(sizes), again / plain
 
 
