@@ -1,6 +1,7 @@
 """Shared by all tests: quiet threads, offline Hub, real data where it is there, tiny models."""
 
 import os
+import warnings
 from pathlib import Path
 
 # Before torch starts its threads: on a busy host spinning threads make a run ten times slower.
@@ -11,6 +12,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 SHARED = Path(os.environ.get("DEEPDOCTOR_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cuda_ready() -> None:
+    """The first product in a backward thread warns that it sets the CUDA context; have that over with."""
+    import torch
+
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x = torch.ones(8, 8, device="cuda", requires_grad=True)
+            (x @ x).sum().backward()
 
 
 @pytest.fixture(scope="session")

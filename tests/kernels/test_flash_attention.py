@@ -97,8 +97,6 @@ def check(
     device = device_of(backend)
     tokens = sum(lengths)
     qkv = draw(tokens, heads + 2 * key_heads, head_dim, dtype=dtype, device=device)
-    if device.type == "cuda":
-        torch.ones(8, 8, device=device).requires_grad_().matmul(torch.ones(8, 8, device=device)).sum().backward()
     d_out, _ = row_view(draw(tokens, heads, head_dim, dtype=dtype, device=device, seed=1))
     rows = PackedRows.of(lengths, device)
 
@@ -162,7 +160,7 @@ def test_gpu_edges(backend: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_efficient_takes_fp32(head_dim: int) -> None:
     """fp32 on any card; its products are sums of three tf32 products, so a few more last bits than plain fp32."""
-    check("efficient", 8, 2, head_dim, LENGTHS, torch.float32, factor=16.0)
+    check("efficient", 8, 2, head_dim, LENGTHS, torch.float32, factor=64.0)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ from deepdoctor.model.decoder import DecoderLayer
 
 __all__ = ["Batch", "LayerEngine", "Saved"]
 
-FUSE_THIN = False
+FUSE_THIN = True
 """Whether SwiGLU and the thin products that read its output share a pass (``kernels/swiglu_lora.py``)."""
 
 

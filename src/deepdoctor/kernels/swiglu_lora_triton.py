@@ -39,8 +39,8 @@ class Tiling:
         return triton.cdiv(width, self.spans * SPAN_STEP) * SPAN_STEP
 
 
-FORWARD = Tiling()
-BACKWARD = Tiling()
+FORWARD = Tiling(rows=16, block=256, stages=2, warps=8)
+BACKWARD = Tiling(rows=16, block=64, stages=4, warps=4)
 
 
 @triton.jit
