@@ -63,8 +63,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its number, which some of PyTorch's functions ask for."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+
+
 def limit_memory(device: torch.device, card_mib: float) -> None:
     """Let PyTorch take no more of the GPU than it could on a card of ``card_mib``; the CUDA context takes the rest."""
+    device = _indexed(device)
     total = torch.cuda.get_device_properties(device).total_memory
     share = (card_mib - CONTEXT_MIB) * MIB / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
@@ -72,6 +78,7 @@ def limit_memory(device: torch.device, card_mib: float) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that PyTorch may still take of this GPU, under the limit where one is set."""
+    device = _indexed(device)
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     limit = torch.cuda.memory.get_per_process_memory_fraction(device) * total
