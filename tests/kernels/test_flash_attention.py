@@ -122,8 +122,10 @@ def check(
         # numbers asks for twice the allowance.
         for mine, other, best in zip(ours.split(lengths), theirs.split(lengths), exact.split(lengths), strict=True):
             # In a row of one token dq and dk are 0, but for the rounding of two sums that cancel.
-            slack = 32 * torch.finfo(torch.float32).eps if len(best) == 1 and best.abs().max() < 1e-9 else 0.0
-            if slack and mine.abs().max() <= slack:
+            if len(best) == 1 and best.abs().max() < 1e-9 and mine.abs().max() <= 32 * torch.finfo(torch.float32).eps:
+                continue
+            # One token copies its value, which plain fp32 does exactly and three tf32 products to a few last bits.
+            if len(best) == 1 and factor > 2 and (mine.double() - best).abs().max() <= 1e-6 * best.abs().max():
                 continue
             assert_no_less_accurate(mine, other, best, 2 * factor)
 
@@ -160,7 +162,7 @@ def test_gpu_edges(backend: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_efficient_takes_fp32(head_dim: int) -> None:
     """fp32 on any card; its products are sums of three tf32 products, so a few more last bits than plain fp32."""
-    check("efficient", 8, 2, head_dim, LENGTHS, torch.float32, factor=64.0)
+    check("efficient", 8, 2, head_dim, LENGTHS, torch.float32, factor=8.0)
 
 
 @pytest.mark.gpu

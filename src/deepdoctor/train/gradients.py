@@ -65,6 +65,13 @@ class Gradients(Protocol):
     def pieces(self) -> Sequence[Piece] | None:
         """For checkpoints, see ``FlatAdapter.pieces``."""
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the update is to be queued before loss and norm are known."""
+
+    def read(self, loss: Tensor | float, norm: Tensor | float) -> Callable[[], tuple[float, float]]:
+        """Return a function that waits for both numbers, and for nothing that is queued after this call."""
+
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
 
@@ -118,6 +125,11 @@ class AutogradGradients:
         self.token_budget, self.max_rows = token_budget, section.micro_batch_size
         self.parameters = list(adapter.parameters())
         self.pieces: Sequence[Piece] | None = None
+        self.ahead = False
+
+    def read(self, loss: Tensor | float, norm: Tensor | float) -> Callable[[], tuple[float, float]]:
+        """Return a function that gives both numbers."""
+        return lambda: (float(loss), float(norm))
 
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
@@ -178,8 +190,25 @@ class EngineGradients:
         self.parameters = [self.flat.parameter] if flat else list(adapter.parameters())
         self.pieces: Sequence[Piece] | None = self.flat.pieces if flat else None
         self.spare_mib = 0.0
+        self.ahead = decoder.device.type == "cuda"
         self.engine: Engine | None = None
         self._build()
+
+    def read(self, loss: Tensor | float, norm: Tensor | float) -> Callable[[], tuple[float, float]]:
+        """Return a function that waits for both numbers, and for nothing that is queued after this call."""
+        if not (self.ahead and isinstance(loss, Tensor) and isinstance(norm, Tensor)):
+            return lambda: (float(loss), float(norm))
+        both = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        both.copy_(torch.stack([loss.double(), norm.double()]), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> tuple[float, float]:
+            arrived.synchronize()
+            value, length = both.tolist()
+            return value, length
+
+        return wait
 
     def _build(self) -> None:
         """Take the engine's memory, with as many steps down as it needs."""

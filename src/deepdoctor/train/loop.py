@@ -151,14 +151,17 @@ def train(
                 group["lr"] = rate
             assert ready is not None
             now = ready
-            waiting, norm_waiting = _gradients(gradients, now, section, progress)
+            read = gradients.read(*_gradients(gradients, now, section, progress))
+            if gradients.ahead:
+                # Queued behind the gradient, so that the GPU never idles. A spoilt update stops the run below, and
+                # is saved nowhere.
+                _update(optimizer, gradients)
             ready = prepare(step + 1)  # while the GPU is at work
-            loss, norm = float(waiting), float(norm_waiting)
+            loss, norm = read()
             _refuse_non_finite("loss", loss, step, order[step], row_names)
             _refuse_non_finite("gradient norm", norm, step, order[step], row_names)
-            optimizer.step()
-            gradients.zero()
-            gradients.after_update()
+            if not gradients.ahead:
+                _update(optimizer, gradients)
             tokens, labels = now.tokens, now.labels
             seconds = time.perf_counter() - started
             progress.step += 1
@@ -217,6 +220,12 @@ def _gradients(
         progress.loss_scale /= 2
         log.warning("fp16 overflow: loss scale lowered to %g, step computed again", progress.loss_scale)
         gradients.zero()
+
+
+def _update(optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
+    optimizer.step()
+    gradients.zero()
+    gradients.after_update()
 
 
 def _refuse_non_finite(what: str, value: float, step: int, rows: Sequence[int], names: Sequence[str]) -> None:
