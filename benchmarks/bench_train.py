@@ -115,7 +115,11 @@ def environment(peers: str | None) -> dict[str, str]:
 def our_environment() -> dict[str, str]:
     """Environment of a child of ours: this checkout, whatever is installed."""
     env = environment(None)
-    return {**env, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [env["PYTHONPATH"]])])}
+    return {
+        **env,
+        "DEEPDOCTOR_FP8": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [env["PYTHONPATH"]])]),
+    }
 
 
 def run_ours(case: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
