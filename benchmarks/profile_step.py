@@ -41,7 +41,7 @@ LENGTHS = (540, 620, 670, 740, 880, 1050)
 PARTS = (
     ("attention", ("flash", "Flash")),
     ("NF4 to 16 bits", ("_write_bordered", "_dequantize")),
-    ("fp8 quantisation", ("_quantize_rows", "fp8")),
+    ("fp8 quantisation", ("_quantize", "_convert")),
     ("norms", ("_add_norm", "_norm_")),
     ("SwiGLU", ("_swiglu",)),
     ("RoPE", ("_rope",)),
