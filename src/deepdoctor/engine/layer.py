@@ -17,6 +17,7 @@ from deepdoctor.engine.bordered import Bordered, Masters
 from deepdoctor.engine.layout import (
     LayerShape,
     Rung,
+    Shapes,
     backward_chunk,
     backward_layer,
     forward_chunk,
@@ -65,6 +66,28 @@ class Saved:
     rstd2: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward or backward of a layer. across: its buffers that span all tokens, saved or borrowed."""
+
+    x: Tensor
+    across: dict[str, Tensor]
+    kept: Saved
+    batch: Batch
+    arena: Arena
+
+    def borrow(self, scratch: Shapes) -> dict[str, Tensor]:
+        """Take buffers of one chunk."""
+        return self.arena.take_all(scratch, self.x.dtype)
+
+    def at(self, part: slice, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A chunk's part of every buffer: of those across all tokens, and of the borrowed ones."""
+        count = part.stop - part.start
+        if count == self.batch.tokens:
+            return self.across | buffers
+        return {name: t[part] for name, t in self.across.items()} | {name: t[:count] for name, t in buffers.items()}
+
+
 class LayerEngine:
     """Forward and backward of one layer; keeps no activations itself. make: builds the bordered matrices."""
 
@@ -108,7 +131,8 @@ class LayerEngine:
         across = kept.buffers or arena.take_all(forward_layer(self.shape, rung, batch.tokens), x.dtype)
         below = arena.top if kept.buffers else arena.top - aligned(across["qkv"].nbytes)
         before, after = forward_chunk(self.shape, rung, min(batch.chunk, batch.tokens))
-        self._project(x, pending, across, before, kept, rung, batch, arena)
+        run = _Pass(x, across, kept, batch, arena)
+        self._project(run, pending, before)
         heads = across["heads"][:, : self.shape.attended]
         _, attention = attention_forward(
             self._by_head(across["qkv"]),
@@ -121,63 +145,52 @@ class LayerEngine:
             kept.attention = attention
         del attention
         arena.release(below)
-        self._feed_forward(x, out, across, after, kept, rung, batch, arena)
+        self._feed_forward(run, out, after)
         arena.release(mark)
         return kept
 
     def _by_head(self, flat: Tensor) -> Tensor:
         return flat.unflatten(1, (-1, self.shape.head_dim))
 
-    def _project(
-        self,
-        x: Tensor,
-        pending: Tensor | None,
-        across: dict[str, Tensor],
-        scratch: dict[str, tuple[int, ...]],
-        kept: Saved,
-        rung: Rung,
-        batch: Batch,
-        arena: Arena,
-    ) -> None:
+    def _project(self, run: _Pass, pending: Tensor | None, scratch: Shapes) -> None:
         """Norm, qkv and RoPE of all chunks; in recompute ``kept`` collects nothing but the norm's factors."""
-        mark = arena.top
-        matrix = self._matrix(self.qkv, arena)
-        buffers = arena.take_all(scratch, x.dtype)
+        mark = run.arena.top
+        matrix = self._matrix(self.qkv, run.arena)
+        buffers = run.borrow(scratch)
         hidden = self.shape.hidden
-        kept.rstd1.clear()
-        for part in batch.chunks():
-            n1 = across["n1"][part] if "n1" in across else buffers["n1"][: part.stop - part.start]
-            base, delta = (x[part], None) if pending is None else (pending[part], x[part])
+        run.kept.rstd1.clear()
+        for part in run.batch.chunks():
+            here = run.at(part, buffers)
+            n1, qkv, x = here["n1"], here["qkv"], run.x[part]
+            base, delta = (x, None) if pending is None else (pending[part], x)
             _, _, rstd = add_rms_norm(base, delta, self.layer.input_norm, self.eps, out=n1[:, :hidden])
-            kept.rstd1.append(rstd)
+            run.kept.rstd1.append(rstd)
             self.qkv.extend(n1, matrix)
-            if "u1" in across:
-                across["u1"][part] = n1[:, hidden:]
-            qkv = across["qkv"][part]
+            if "u1" in here:
+                here["u1"].copy_(n1[:, hidden:])
             self.qkv.forward(n1, matrix, qkv)
-            self._rotate(qkv, across, part, batch)
-        arena.release(mark)
+            self._rotate(qkv, here.get("qk_raw"), run.batch.cos[part], run.batch.sin[part])
+        run.arena.release(mark)
 
-    def _rotate(self, qkv: Tensor, across: dict[str, Tensor], part: slice, batch: Batch) -> None:
-        shape = self.shape
-        rotated = shape.heads + shape.key_heads
+    def _rotate(self, qkv: Tensor, raw: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+        """Rotate q and k in place, normed before in Qwen3; ``raw`` (C, (N + K) H) keeps what they were before that."""
+        rotated = self.shape.heads + self.shape.key_heads
         if self.layer.q_norm is not None and self.layer.k_norm is not None:
-            width = rotated * shape.head_dim
-            raw = across["qk_raw"][part] if "qk_raw" in across else qkv[:, :width].clone()
-            raw.copy_(qkv[:, :width])
-            for columns, weight in self._normed(shape):
-                flat = raw[:, columns].reshape(-1, shape.head_dim)
+            plain = qkv[:, : rotated * self.shape.head_dim]
+            raw = plain.clone() if raw is None else raw.copy_(plain)
+            for columns, weight in self._normed():
+                flat = raw[:, columns].reshape(-1, self.shape.head_dim)
                 _, y, _ = add_rms_norm(flat, None, weight, self.eps)
                 qkv[:, columns] = y.view(qkv.shape[0], -1)
-        rope_qkv_(self._by_head(qkv), batch.cos[part], batch.sin[part], rotated)
+        rope_qkv_(self._by_head(qkv), cos, sin, rotated)
 
-    def _normed(self, shape: LayerShape) -> list[tuple[slice, Tensor]]:
+    def _normed(self) -> list[tuple[slice, Tensor]]:
         """Columns of q and of k with their norm's weight (Qwen3)."""
         assert self.layer.q_norm is not None and self.layer.k_norm is not None
-        query = shape.heads * shape.head_dim
+        query = self.shape.heads * self.shape.head_dim
         return [
             (slice(0, query), self.layer.q_norm),
-            (slice(query, query + shape.key_heads * shape.head_dim), self.layer.k_norm),
+            (slice(query, query + self.shape.key_heads * self.shape.head_dim), self.layer.k_norm),
         ]
 
     def _mlp_input(self, x: Tensor, x_mid: Tensor, heads: Tensor, n2: Tensor, matrix: Tensor) -> Tensor:
@@ -187,33 +200,23 @@ class LayerEngine:
         _, _, rstd = add_rms_norm(x, x_mid, self.layer.post_attention_norm, self.eps, out=n2[:, : self.shape.hidden])
         return rstd
 
-    def _feed_forward(
-        self,
-        x: Tensor,
-        out: Tensor,
-        across: dict[str, Tensor],
-        scratch: dict[str, tuple[int, ...]],
-        kept: Saved,
-        rung: Rung,
-        batch: Batch,
-        arena: Arena,
-    ) -> None:
+    def _feed_forward(self, run: _Pass, out: Tensor, scratch: Shapes) -> None:
+        """From the attention's output to the layer's, chunk by chunk."""
         shape, wide = self.shape, 2 * self.shape.wide
-        o, gate_up, down = (self._matrix(m, arena) for m in (self.o, self.gate_up, self.down))
-        buffers = arena.take_all(scratch, x.dtype)
-        for part in batch.chunks():
-            here: dict[str, Tensor] = {n: across[n][part] for n in ("x_mid", "n2", "gu", "act") if n in across}
-            here.update({name: buffer[: part.stop - part.start] for name, buffer in buffers.items()})
+        o, gate_up, down = (self._matrix(m, run.arena) for m in (self.o, self.gate_up, self.down))
+        buffers = run.borrow(scratch)
+        for part in run.batch.chunks():
+            here = run.at(part, buffers)
             n2, gu, act, x_mid = here["n2"], here["gu"], here["act"], here["x_mid"]
-            kept.rstd2.append(self._mlp_input(x[part], x_mid, across["heads"][part], n2, o))
+            run.kept.rstd2.append(self._mlp_input(run.x[part], x_mid, here["heads"], n2, o))
             self.gate_up.extend(n2, gate_up)
             self.gate_up.forward(n2, gate_up, gu[:, :wide])
             self._activate(gu, act, down)
             self.down.forward(act, down, out[part])
-            if rung == "elementwise":
-                across["u2"][part] = n2[:, shape.hidden :]
-                across["ud"][part] = act[:, shape.wide :]
-            if "x_mid" not in across:
+            if "u2" in here:
+                here["u2"].copy_(n2[:, shape.hidden :])
+                here["ud"].copy_(act[:, shape.wide :])
+            if "x_mid" not in run.across:
                 out[part] += x_mid
 
     def _fuses(self) -> bool:
@@ -263,12 +266,13 @@ class LayerEngine:
         again, middle, final = backward_chunk(shape, rung, min(batch.chunk, batch.tokens))
         heads = across["heads"][:, : shape.attended].unflatten(1, (shape.heads, shape.head_dim))
         attention = kept.attention
+        run = _Pass(x, across, kept, batch, arena)
         if rung in ("layer", "host"):
-            self._project(x, None, across, again, kept, rung, batch, arena)
+            self._project(run, None, again)
             _, attention = attention_forward(
                 self._by_head(across["qkv"]), shape.key_heads, batch.rows, backend=batch.attention, out=heads
             )
-        self._feed_forward_backward(x, stream, across, middle, kept, rung, batch, arena)
+        self._feed_forward_backward(run, stream, rung, middle)
         d_qkv = attention_backward(
             self._by_head(across["d_heads"]),
             self._by_head(across["qkv"]),
@@ -278,36 +282,24 @@ class LayerEngine:
             batch.rows,
             backend=batch.attention,
         )
-        self._project_backward(x, d_qkv, stream, across, final, kept, batch, arena, last)
+        self._project_backward(run, d_qkv, stream, final, last)
         arena.release(mark)
 
-    def _feed_forward_backward(
-        self,
-        x: Tensor,
-        stream: Tensor,
-        across: dict[str, Tensor],
-        scratch: dict[str, tuple[int, ...]],
-        kept: Saved,
-        rung: Rung,
-        batch: Batch,
-        arena: Arena,
-    ) -> None:
+    def _feed_forward_backward(self, run: _Pass, stream: Tensor, rung: Rung, scratch: Shapes) -> None:
         """From the output's gradient to those of x_mid (in ``stream``) and of the attention's output (``d_heads``)."""
         shape, hidden, wide = self.shape, self.shape.hidden, 2 * self.shape.wide
         _, ro, rg, rd = shape.ranks
-        mark = arena.top
-        o, gate_up, down = (self._matrix(m, arena) for m in (self.o, self.gate_up, self.down))
-        buffers = arena.take_all(scratch, x.dtype)
-        names = ("x_mid", "n2", "gu", "act", "u2", "ud")
-        for number, part in enumerate(batch.chunks()):
-            here = {name: across[name][part] for name in names if name in across}
-            here.update({name: buffer[: part.stop - part.start] for name, buffer in buffers.items()})
+        mark = run.arena.top
+        o, gate_up, down = (self._matrix(m, run.arena) for m in (self.o, self.gate_up, self.down))
+        buffers = run.borrow(scratch)
+        for number, part in enumerate(run.batch.chunks()):
+            here = run.at(part, buffers)
             x_mid, n2, gu, act, d_act, d_n2 = (here[n] for n in ("x_mid", "n2", "gu", "act", "d_act", "d_n2"))
             dy = stream[part]
             if rung in ("layer", "host"):
-                rstd = self._mlp_input(x[part], x_mid, across["heads"][part], n2, o)
+                rstd = self._mlp_input(run.x[part], x_mid, here["heads"], n2, o)
             else:
-                rstd = kept.rstd2[number]
+                rstd = run.kept.rstd2[number]
                 if rung != "keep":
                     normalise(x_mid, rstd, self.layer.post_attention_norm, out=n2[:, :hidden])
             if "u2" in here:
@@ -328,55 +320,46 @@ class LayerEngine:
             self.gate_up.a_gradients(gu, n2[:, :hidden])
             self.gate_up.b_gradients(gu, u2)
             rms_norm_backward(d_n2, x_mid, rstd, self.layer.post_attention_norm, add=dy[:, :hidden], out=dy[:, :hidden])
-            heads = across["heads"][part]
+            heads = here["heads"]
             self.o.extend_gradient(dy, o)
-            self.o.input_gradient(dy[:, : hidden + ro], o, across["d_heads"][part])
+            self.o.input_gradient(dy[:, : hidden + ro], o, here["d_heads"])
             self.o.a_gradients(dy[:, : hidden + ro], heads[:, : shape.attended])
             self.o.b_gradients(dy[:, : hidden + ro], heads[:, shape.attended :])
-        arena.release(mark)
+        run.arena.release(mark)
 
     def _project_backward(
-        self,
-        x: Tensor,
-        d_qkv: tuple[Tensor, Tensor, Tensor],
-        stream: Tensor,
-        across: dict[str, Tensor],
-        scratch: dict[str, tuple[int, ...]],
-        kept: Saved,
-        batch: Batch,
-        arena: Arena,
-        last: bool,
+        self, run: _Pass, d_qkv: tuple[Tensor, Tensor, Tensor], stream: Tensor, scratch: Shapes, last: bool
     ) -> None:
         """From the gradients of q, k and v to that of the layer's input."""
         hidden = self.shape.hidden
-        mark = arena.top
-        matrix = self._matrix(self.qkv, arena)
-        buffers = arena.take_all(scratch, x.dtype)
-        for number, part in enumerate(batch.chunks()):
-            count = part.stop - part.start
-            dy, d_n1 = buffers["d_qkv"][:count], buffers["d_n1"][:count]
-            rope_backward(d_qkv[0][part], d_qkv[1][part], d_qkv[2][part], batch.cos[part], batch.sin[part], out=dy)
-            if "qk_raw" in across:
-                self._qk_norm_backward(dy, across["qk_raw"][part])
-            rstd = kept.rstd1[number]
+        mark = run.arena.top
+        matrix = self._matrix(self.qkv, run.arena)
+        buffers = run.borrow(scratch)
+        dq, dk, dv = d_qkv
+        for number, part in enumerate(run.batch.chunks()):
+            here, x, rstd = run.at(part, buffers), run.x[part], run.kept.rstd1[number]
+            dy, n1 = here["d_qkv"], here["n1"]
+            rope_backward(dq[part], dk[part], dv[part], run.batch.cos[part], run.batch.sin[part], out=dy)
+            if "qk_raw" in here:
+                self._qk_norm_backward(dy, here["qk_raw"])
             if "n1" in buffers:
-                n1 = normalise(x[part], rstd, self.layer.input_norm, out=buffers["n1"][:count])
-                u1 = across["u1"][part]
+                normalise(x, rstd, self.layer.input_norm, out=n1)
+                u1 = here["u1"]
             else:
-                n1, u1 = across["n1"][part][:, :hidden], across["n1"][part][:, hidden:]
+                n1, u1 = n1[:, :hidden], n1[:, hidden:]
             self.qkv.extend_gradient(dy, matrix)
             self.qkv.a_gradients(dy, n1)
             self.qkv.b_gradients(dy, u1)
             if last:
                 continue
-            self.qkv.input_gradient(dy, matrix, d_n1)
+            self.qkv.input_gradient(dy, matrix, here["d_n1"])
             into = stream[part][:, :hidden]
-            rms_norm_backward(d_n1, x[part], rstd, self.layer.input_norm, add=into, out=into)
-        arena.release(mark)
+            rms_norm_backward(here["d_n1"], x, rstd, self.layer.input_norm, add=into, out=into)
+        run.arena.release(mark)
 
     def _qk_norm_backward(self, dy: Tensor, raw: Tensor) -> None:
         """Take the gradient of q and k in ``dy`` back through their norms (Qwen3); raw (C, (N + K) H)."""
-        for columns, weight in self._normed(self.shape):
+        for columns, weight in self._normed():
             flat = raw[:, columns].reshape(-1, self.shape.head_dim)
             # The factors again rather than kept: one fp32 number per head and token.
             _, _, rstd = add_rms_norm(flat, None, weight, self.eps)

@@ -20,7 +20,17 @@ from typing import Literal, get_args
 
 from deepdoctor.model.config import ModelConfig
 
-__all__ = ["RUNGS", "LayerShape", "Rung", "backward_chunk", "backward_layer", "forward_chunk", "forward_layer", "saved"]
+__all__ = [
+    "RUNGS",
+    "LayerShape",
+    "Rung",
+    "Shapes",
+    "backward_chunk",
+    "backward_layer",
+    "forward_chunk",
+    "forward_layer",
+    "saved",
+]
 
 Rung = Literal["keep", "elementwise", "gate_up", "layer", "host"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
