@@ -16,9 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CONTEXT_MIB = 600
-"""As deepdoctor.model.load has it; here without importing torch."""
-
 __all__ = ["load_case", "recipe_values", "train_case"]
 
 STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
@@ -27,6 +24,8 @@ STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
 
 def recipe_values(base: Path, rows: Path, settings: Mapping[str, Any], steps: int, runs_dir: Path) -> dict[str, Any]:
     """A recipe like recipes/tutorial.yaml on local rows and a local base, the rows in file order."""
+    from deepdoctor.sizes import CONTEXT_MIB
+
     capped = settings.get("memory_mib")
     vram = f"{capped + CONTEXT_MIB:.0f}MiB" if capped else None
     return {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deepdoctor.model.load import CONTEXT_MIB
 from deepdoctor.recipe import Recipe, known_keys, load_recipe
+from deepdoctor.sizes import CONTEXT_MIB
 from helpers_run import PROJECT, Outcome, call, tiny_recipe, write_recipe
 
 COMMANDS = ("run", "data", "train", "compare", "export", "ask", "plan", "doctor", "schema")

@@ -9,9 +9,11 @@ from pydantic import AfterValidator
 
 from deepdoctor.errors import UsageError
 
-__all__ = ["MIB", "Size", "parse_size"]
+__all__ = ["CONTEXT_MIB", "MIB", "Size", "parse_size"]
 
 MIB = 2**20
+CONTEXT_MIB = 600
+"""What a CUDA context and the libraries' own memory take of a card beside PyTorch's."""
 
 _UNITS = {"g": 1024.0, "gib": 1024.0, "gb": 1e9 / MIB, "m": 1.0, "mib": 1.0, "mb": 1e6 / MIB}
 

@@ -115,10 +115,6 @@ class BorderedFp8(Bordered):
         if self.rank:
             torch.mm(x, matrix.T, out=out)
 
-    def extend(self, x: Tensor, matrix: Tensor) -> None:
-        """Fill u in the last R columns of x (T, I + R)."""
-        self.inner(x[:, : self.inn], matrix, x[:, self.inn :])
-
     def forward(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         """out (T, O) = [x, u] [W, B]^T, plus the bias; x (T, I + R)."""
         fp8_matmul(*self.rows.quantize(x), self.by_out, self.out_scales, out)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from deepdoctor.model.config import ModelConfig
+from deepdoctor.model.decoder import LINEARS
 
 __all__ = [
     "RUNGS",
@@ -56,8 +57,7 @@ class LayerShape:
     @classmethod
     def of(cls, config: ModelConfig, rank: int, targets: tuple[str, ...]) -> LayerShape:
         """Return the shape for a model and an adapter of ``rank`` on ``targets``."""
-        groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-        rows = [sum(name in targets for name in group) * rank for group in groups]
+        rows = [sum(name in targets for name in names) * rank for names in LINEARS]
         qkv, o, gate_up, down = (-(-count // RANK_STEP) * RANK_STEP for count in rows)
         return cls(
             config.hidden_size,

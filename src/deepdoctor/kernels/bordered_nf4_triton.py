@@ -218,10 +218,21 @@ def _write_bordered(
     program = tl.program_id(0)
     if program < BORDER:
         if RANKS > 0:
-            if program < PIECES:
-                _write_a(out, table, scale, program, OUT, COLUMNS, RANKS, USED, PIECES, PIECE)
-            else:
-                _write_b(out, table, program - PIECES, OUT, COLUMNS, RANKS, RANK, BLOCKS, PATCH_ROWS, PATCH_COLUMNS)
+            _write_border(
+                out,
+                table,
+                scale,
+                OUT,
+                COLUMNS,
+                RANKS,
+                USED,
+                RANK,
+                BLOCKS,
+                PIECES,
+                PIECE,
+                PATCH_ROWS,
+                PATCH_COLUMNS,
+            )
     else:
         at = program - BORDER
         first = table + 2 + 3 * BLOCKS

@@ -30,7 +30,7 @@ from deepdoctor.model.stream import host_empty
 if TYPE_CHECKING:
     from deepdoctor.model.adapter import LayerAdapter
 
-__all__ = ["Attend", "Decoder", "DecoderLayer", "FrozenLinear", "PackedAttention"]
+__all__ = ["LINEARS", "Attend", "Decoder", "DecoderLayer", "FrozenLinear", "PackedAttention"]
 
 HEAD_PART_BYTES = 128 << 20
 """Bytes of the head that are copied at a time from host memory: about 3 ms at 50 GB/s."""
@@ -43,6 +43,8 @@ class LinearAdapters(Protocol):
         """Return the layer's output with the adapters added."""
 
 
+LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections of a layer's four matrices, in the order they are used: those of one matrix share their input."""
 Attend = Callable[[int, Tensor], Tensor]
 """(layer number, qkv (T, N + 2K, H), its q and k already rotated) -> (T, N, H)."""
 
@@ -134,10 +136,11 @@ class DecoderLayer(nn.Module):
         self.head_dim = config.head_dim
         widths = [n * config.head_dim for n in self.heads]
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.qkv = FrozenLinear(("q_proj", "k_proj", "v_proj"), widths, hidden, compute_dtype)
-        self.o = FrozenLinear(("o_proj",), (hidden,), widths[0], compute_dtype)
-        self.gate_up = FrozenLinear(("gate_proj", "up_proj"), (wide, wide), hidden, compute_dtype)
-        self.down = FrozenLinear(("down_proj",), (hidden,), wide, compute_dtype)
+        qkv, o, gate_up, down = LINEARS
+        self.qkv = FrozenLinear(qkv, widths, hidden, compute_dtype)
+        self.o = FrozenLinear(o, (hidden,), widths[0], compute_dtype)
+        self.gate_up = FrozenLinear(gate_up, (wide, wide), hidden, compute_dtype)
+        self.down = FrozenLinear(down, (hidden,), wide, compute_dtype)
         self.input_norm: Tensor
         self.post_attention_norm: Tensor
         self.q_norm: Tensor | None

@@ -24,7 +24,7 @@ from deepdoctor.model.decoder import Decoder, DecoderLayer
 from deepdoctor.model.quantize import check_bnb_config, is_bnb_config, read_bnb_state
 from deepdoctor.model.stream import Ring, StreamSource, host_empty
 from deepdoctor.model.tokenizer import Tokenizer
-from deepdoctor.sizes import MIB
+from deepdoctor.sizes import CONTEXT_MIB, MIB
 
 __all__ = [
     "TensorSource",
@@ -40,8 +40,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-CONTEXT_MIB = 600
-"""What a CUDA context and the libraries' own memory take of a card beside PyTorch's."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

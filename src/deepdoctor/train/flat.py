@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deepdoctor.model.adapter import Adapter
+from deepdoctor.model.decoder import LINEARS
 
 __all__ = ["FlatAdapter", "Piece"]
-
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Piece(NamedTuple):
@@ -105,7 +104,6 @@ def _neighbours(name: str) -> list[str]:
     kind, key = name.split(".")
     layer, projection = key.split("_", 1)
     if kind == "a":
-        for group in _SHARED_INPUT:
-            if projection in group:
-                return [f"a.{layer}_{member}" for member in group]
+        group = next(names for names in LINEARS if projection in names)
+        return [f"a.{layer}_{member}" for member in group]
     return [name]

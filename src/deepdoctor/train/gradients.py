@@ -66,11 +66,18 @@ class Gradients(Protocol):
         """For checkpoints, see ``FlatAdapter.pieces``."""
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan that holds now, where there is one to hold to."""
+
+    @property
     def ahead(self) -> bool:
         """Whether the update is to be queued before loss and norm are known."""
 
     def read(self, loss: Tensor | float, norm: Tensor | float) -> Callable[[], tuple[float, float]]:
         """Return a function that waits for both numbers, and for nothing that is queued after this call."""
+
+    def probe(self, steps: Sequence[Sequence[EncodedRow]]) -> float | None:
+        """Try what these steps will take before the first of them; return the peak in MiB where it was measured."""
 
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
@@ -111,10 +118,12 @@ def make_gradients(
     return EngineGradients(decoder, adapter, section, plan, replan)
 
 
-def _filler(tokens: int) -> list[EncodedRow]:
-    """A row without labels that fills a micro-batch up to a size that comes often; it adds nothing to the gradient."""
+def _filled(rows: Sequence[EncodedRow]) -> MicroBatch:
+    """Pack rows, and one without labels up to a size that comes often; that one adds nothing to the gradient."""
+    tokens = sum(len(row.input_ids) for row in rows)
     spare = padded(tokens) - tokens
-    return [EncodedRow([0] * spare, [IGNORE_INDEX] * spare, (0, 0), (0, 0))] if spare else []
+    filler = [EncodedRow([0] * spare, [IGNORE_INDEX] * spare, (0, 0), (0, 0))] if spare else []
+    return pack([*rows, *filler])
 
 
 class AutogradGradients:
@@ -125,11 +134,16 @@ class AutogradGradients:
         self.token_budget, self.max_rows = token_budget, section.micro_batch_size
         self.parameters = list(adapter.parameters())
         self.pieces: Sequence[Piece] | None = None
+        self.plan: Plan | None = None
         self.ahead = False
 
     def read(self, loss: Tensor | float, norm: Tensor | float) -> Callable[[], tuple[float, float]]:
         """Return a function that gives both numbers."""
         return lambda: (float(loss), float(norm))
+
+    def probe(self, steps: Sequence[Sequence[EncodedRow]]) -> float | None:
+        """Nothing to try: nothing is compiled, and memory is taken as it is needed."""
+        return None
 
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
@@ -243,17 +257,18 @@ class EngineGradients:
             self.plan.predicted_peak_mib,
         )
 
+    def _groups(self, rows: Sequence[EncodedRow]) -> list[list[int]]:
+        """Cut a step's rows into micro-batches of the plan."""
+        assert self.plan.engine is not None
+        lengths = [len(row.input_ids) for row in rows]
+        return micro_batches(lengths, self.plan.engine.max_tokens, self.section.micro_batch_size, balanced=True)
+
     def prepare(self, rows: Sequence[EncodedRow]) -> Prepared:
         """Pack a step's rows on the host."""
-        choice = self.plan.engine
-        assert choice is not None
-        lengths = [len(row.input_ids) for row in rows]
-        groups = micro_batches(lengths, choice.max_tokens, self.section.micro_batch_size, balanced=True)
-        batches = []
-        for group in groups:
-            chosen = [rows[i] for i in group]
-            batches.append(pack([*chosen, *_filler(sum(lengths[i] for i in group))]))
-        return Prepared(rows, batches, count_labels(rows), sum(lengths), choice.max_tokens)
+        assert self.plan.engine is not None
+        batches = [_filled([rows[i] for i in group]) for group in self._groups(rows)]
+        tokens = sum(len(row.input_ids) for row in rows)
+        return Prepared(rows, batches, count_labels(rows), tokens, self.plan.engine.max_tokens)
 
     def compute(self, step: Prepared, scale: float) -> Tensor:
         """Add the gradient of ``scale`` times the mean loss; return the mean loss () on the device."""
@@ -289,15 +304,15 @@ class EngineGradients:
             torch.cuda.reset_peak_memory_stats(device)
         # Stands for the optimizer's state, which the first update allocates.
         state = torch.empty(round(self.plan.optimizer_mib * MIB), dtype=torch.uint8, device=device)
-        prepared = [self.prepare(rows) for rows in steps]
-        largest, rows = max(
-            ((batch, step.rows) for step in prepared for batch in step.batches), key=lambda b: sum(b[0].row_lengths)
-        )
-        if sum(largest.row_lengths) > LONGEST_PROBE:
+        sizes = self._sizes(steps)
+        tokens = max(sizes)
+        if tokens > LONGEST_PROBE:
             return None
+        rows, group = sizes[tokens]
+        largest = _filled([rows[i] for i in group])
+        assert self.plan.engine is not None
         labels = max(1, int(largest.labels.shape[0]))
-        budget = prepared[0].budget
-        self.compute(Prepared(rows, [largest], labels, sum(largest.row_lengths), budget), 1.0)
+        self.compute(Prepared(rows, [largest], labels, tokens, self.plan.engine.max_tokens), 1.0)
         peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
         if device.type == "cuda":
             self._warm_up(steps)
@@ -307,12 +322,19 @@ class EngineGradients:
 
     def _warm_up(self, steps: Sequence[Sequence[EncodedRow]]) -> None:
         """Load the kernels of every size that will come, through two layers."""
-        prepared = [self.prepare(rows) for rows in steps]  # anew: the probe may have stepped down
-        sizes = {sum(batch.row_lengths): batch for step in prepared for batch in step.batches}
-        for batch in list(sizes.values())[:WARMED_SIZES]:
+        sizes = self._sizes(steps)  # anew: the probe may have stepped down
+        for rows, group in list(sizes.values())[:WARMED_SIZES]:
             assert self.engine is not None
-            self.engine.gradients(self._rows(batch), 1.0, layers=2)
+            self.engine.gradients(self._rows(_filled([rows[i] for i in group])), 1.0, layers=2)
             torch.cuda.synchronize(self.decoder.device)
+
+    def _sizes(self, steps: Sequence[Sequence[EncodedRow]]) -> dict[int, tuple[Sequence[EncodedRow], list[int]]]:
+        """Tokens of every micro-batch that will come -> rows of a step that has one, and which of them are in it."""
+        return {
+            padded(sum(len(rows[i].input_ids) for i in group)): (rows, group)
+            for rows in steps
+            for group in self._groups(rows)
+        }
 
     def unscale(self, factor: float) -> None:
         """Multiply the gradient."""

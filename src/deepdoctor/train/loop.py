@@ -27,7 +27,7 @@ from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.recipe import TrainSection
 from deepdoctor.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from deepdoctor.train.gradients import EngineGradients, Gradients, Prepared, Replan, make_gradients
+from deepdoctor.train.gradients import Gradients, Prepared, Replan, make_gradients
 from deepdoctor.train.held_out import mean_loss
 from deepdoctor.train.optimizer import learning_rate_at, make_optimizer
 from deepdoctor.train.order import step_rows, total_steps
@@ -140,8 +140,7 @@ def train(
     def prepare(step: int) -> Prepared | None:
         return gradients.prepare([rows[i] for i in order[step]]) if step < steps else None
 
-    if isinstance(gradients, EngineGradients):
-        gradients.probe([[rows[i] for i in step] for step in order[:PROBED_STEPS]])
+    gradients.probe([[rows[i] for i in step] for step in order[:PROBED_STEPS]])
     ready = prepare(progress.step)
     with metrics_path.open("a", encoding="utf-8") as sink, _stop_after_step() as stop:
         for step in range(progress.step, steps):
@@ -197,7 +196,7 @@ def train(
         save()
     gradients.close()
     adapter.eval()
-    return TrainResult(steps, progress, optimizer_name, metrics, plan=getattr(gradients, "plan", None))
+    return TrainResult(steps, progress, optimizer_name, metrics, plan=gradients.plan)
 
 
 def _gradients(

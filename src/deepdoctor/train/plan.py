@@ -24,9 +24,8 @@ from deepdoctor.kernels.flash_attention import Backend
 from deepdoctor.kernels.linear_cross_entropy import CHUNK_TOKENS
 from deepdoctor.model.adapter import projection_sizes
 from deepdoctor.model.config import ModelConfig
-from deepdoctor.model.load import CONTEXT_MIB
 from deepdoctor.recipe import TrainSection
-from deepdoctor.sizes import MIB
+from deepdoctor.sizes import CONTEXT_MIB, MIB
 from deepdoctor.train.ladder import Choice, Fixed, choose, smallest
 from deepdoctor.train.order import step_rows, total_steps
 
@@ -338,36 +337,28 @@ def _engine_plan(
     order = step_rows(len(lengths), section.global_batch_size, min(count, EXACT_STEPS), seed, section.shuffle)
     steps = [[lengths[i] for i in step] for step in order]
     longest = max(max(lengths), held_out_longest)
-    choice = choose(
-        config,
-        shape,
-        fixed,
-        steps,
-        int(available * ENGINE_SHARE * MIB),
-        element=element,
-        attention=attention,
-        budget=section.micro_batch_tokens,
-        max_rows=section.micro_batch_size,
-        longest=longest,
-        exact=count <= EXACT_STEPS,
-    )
-    if choice is None and section.micro_batch_tokens:
-        free = section.model_copy(update={"micro_batch_tokens": None})
-        arguments = dict(device=device, precision=precision, compute_dtype=compute_dtype, available=available)
-        other = _engine_plan(
+
+    def search(budget: int | None) -> Choice | None:
+        """The best choice for micro-batches of ``budget`` tokens (None: of any)."""
+        return choose(
             config,
-            free,
-            lengths,
-            **arguments,  # type: ignore[arg-type]
-            lengths_measured=lengths_measured,
-            seed=seed,
+            shape,
+            fixed,
+            steps,
+            int(available * ENGINE_SHARE * MIB),
+            element=element,
             attention=attention,
-            held_out_longest=held_out_longest,
-            matmul_rate=None,
+            budget=budget,
+            max_rows=section.micro_batch_size,
+            longest=longest,
+            exact=count <= EXACT_STEPS,
         )
+
+    choice = search(section.micro_batch_tokens)
+    if choice is None and section.micro_batch_tokens and (other := search(None)):
         raise TrainingError(
             f"micro-batches of {section.micro_batch_tokens} tokens do not fit into {available:,.0f} MiB",
-            f"set `--train.micro_batch_tokens {other.token_budget}`, or leave it out",
+            f"set `--train.micro_batch_tokens {other.max_tokens}`, or leave it out",
         )
     if choice is None:
         raise _does_not_fit(config, shape, fixed, longest, available, element, attention, precision)
