@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.rms_norm import FLOAT_DTYPES
+from deepdoctor.kernels.rows import FLOAT_DTYPES
 
 __all__ = ["E4M3", "WIDTH_STEP", "convert_rows", "fp8_matmul", "no_fp8_because", "quantize_rows"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
+from deepdoctor.kernels.rows import FLOAT_DTYPES, is_row_view
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -34,7 +35,6 @@ CHUNK_TOKENS = 256
 """256 rows of a 49,152-word vocabulary are 50 MB of fp32 logits, of 128,256 words 131 MB."""
 PART_LOGITS = 1 << 26
 """Logits made at once when the head comes in parts: 134 MB in bf16."""
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -94,7 +94,7 @@ def linear_cross_entropy_backward_chunks(
         return _chunks(h, weight, labels, None, chunk_tokens, None, impl)
     if out_dh is None:
         out_dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    elif out_dh.shape != h.shape or out_dh.dtype != h.dtype or out_dh.device != h.device or not _is_row_view(out_dh):
+    elif out_dh.shape != h.shape or out_dh.dtype != h.dtype or out_dh.device != h.device or not is_row_view(out_dh):
         raise KernelInputError(
             f"linear_cross_entropy_backward_chunks: out_dh is {tuple(out_dh.shape)} {out_dh.dtype} on {out_dh.device}, "
             f"strides {out_dh.stride()}; expected {tuple(h.shape)} {h.dtype} on {h.device} with contiguous rows"
@@ -271,10 +271,6 @@ def _triton() -> Any:
     from deepdoctor.kernels import cross_entropy_triton
 
     return cross_entropy_triton
-
-
-def _is_row_view(tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
 def _check(name: str, h: Tensor, weight: Tensor, labels: Tensor) -> None:

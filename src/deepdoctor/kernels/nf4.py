@@ -47,6 +47,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
+from deepdoctor.kernels.rows import FLOAT_DTYPES, is_row_view
 
 __all__ = [
     "BLOCK_SIZES",
@@ -77,7 +78,6 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 """Scales per fp32 scale of scales, fixed in bitsandbytes."""
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp32 scratch per chunk: 4 MiB stays in a CPU cache, 16 MiB fills a GPU; both are small beside a weight.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
 # bitsandbytes' floor, so that 1 / absmax of a block of zeros is finite.
@@ -223,7 +223,9 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = N
         raise KernelInputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=device)
-    elif tuple(out.shape) != weight.shape or out.dtype != dtype or out.device != device or not _is_row_view(out):
+    elif (tuple(out.shape) != weight.shape or out.dtype != dtype or out.device != device) or not (
+        out.is_contiguous() or is_row_view(out)
+    ):
         raise KernelInputError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}; "
             f"expected a contiguous {weight.shape} {dtype} on {device}, or rows of such a matrix further apart"
@@ -265,11 +267,6 @@ def block_scales(weight: NF4Weight) -> Tensor:
     nested = weight.nested_absmax.repeat_interleave(weight.nested_block_size)[: values.numel()]
     # Two roundings, as bitsandbytes: a fused multiply-add would change last bits.
     return values.mul_(nested).add_(weight.nested_offset)
-
-
-def _is_row_view(out: Tensor) -> bool:
-    """Whether out is contiguous, or a matrix of contiguous rows that do not overlap."""
-    return out.is_contiguous() or (out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1])
 
 
 def _write_rows(out: Tensor, start: int, values: Tensor) -> None:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
+from deepdoctor.kernels.rows import FLOAT_DTYPES, as_rows, check_rows
 
-__all__ = ["add_rms_norm", "as_rows", "check_rows", "normalise", "rms_norm", "rms_norm_backward"]
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["add_rms_norm", "normalise", "rms_norm", "rms_norm_backward"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -65,12 +64,6 @@ def _triton_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     rms_norm_triton.add_forward(as_rows(x), None, weight, eps, as_rows(y), rstd)
     return y, rstd
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x as (rows, D) with rows that are contiguous; a copy only where its layout cannot be told by one stride."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> Tensor:
@@ -182,25 +175,6 @@ def normalise(x: Tensor, rstd: Tensor, weight: Tensor, *, out: Tensor | None = N
         rms_norm_triton.normalise(x, rstd, weight, out)
         return out
     return out.copy_((x.float() * rstd.unsqueeze(-1)).to(x.dtype) * weight)
-
-
-def check_rows(op: str, name: str, tensor: Tensor, shape: torch.Size | tuple[int, ...], like: Tensor) -> None:
-    """Refuse a tensor that is not (T, X) rows of ``shape``, contiguous each, in the dtype and on the device of like.
-
-    Raises KernelInputError naming op, argument, what it is and what was expected.
-    """
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise KernelInputError(f"{op}: {name} is {tensor.dtype}, expected bf16, fp16 or fp32")
-    if tensor.dim() != 2 or tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
-        raise KernelInputError(
-            f"{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
-            f"expected ({', '.join(map(str, shape[:2]))}) {like.dtype} on {like.device}"
-        )
-    rows, columns = shape
-    if (columns > 1 and tensor.stride(1) != 1) or (rows > 1 and tensor.stride(0) < columns):
-        raise KernelInputError(
-            f"{op}: {name} has strides {tensor.stride()}, expected contiguous rows: (at least {columns}, 1)"
-        )
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, rstd: Tensor | None = None) -> None:

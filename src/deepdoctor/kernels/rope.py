@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.rms_norm import FLOAT_DTYPES, check_rows
+from deepdoctor.kernels.rows import FLOAT_DTYPES, check_rows
 
 __all__ = ["apply_rope", "rope_backward", "rope_qkv_", "rope_tables"]
 

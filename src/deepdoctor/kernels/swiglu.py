@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.rms_norm import FLOAT_DTYPES, as_rows, check_rows
+from deepdoctor.kernels.rows import FLOAT_DTYPES, as_rows, check_rows
 
 __all__ = ["swiglu", "swiglu_backward_", "swiglu_forward"]
 

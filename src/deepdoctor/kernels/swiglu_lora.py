@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.rms_norm import check_rows
+from deepdoctor.kernels.rows import check_rows
 from deepdoctor.kernels.swiglu import swiglu_backward_, swiglu_forward
 
 __all__ = ["swiglu_lora_backward_", "swiglu_lora_forward"]
