@@ -302,8 +302,7 @@ class EngineGradients:
         device = self.decoder.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        # Stands for the optimizer's state, which the first update allocates.
-        state = torch.empty(round(self.plan.optimizer_mib * MIB), dtype=torch.uint8, device=device)
+        state = self._optimizer_room()
         sizes = self._sizes(steps)
         tokens = max(sizes)
         if tokens > LONGEST_PROBE:
@@ -319,6 +318,15 @@ class EngineGradients:
         del state
         self.flat.zero_grad()
         return peak
+
+    def _optimizer_room(self) -> Tensor:
+        """Take what the optimizer's state will, which the first update allocates."""
+        while True:
+            try:
+                return torch.empty(round(self.plan.optimizer_mib * MIB), dtype=torch.uint8, device=self.decoder.device)
+            except torch.OutOfMemoryError:
+                self._step_down()
+            self._build()
 
     def _warm_up(self, steps: Sequence[Sequence[EncodedRow]]) -> None:
         """Load the kernels of every size that will come, through two layers."""
