@@ -25,7 +25,7 @@ from deepdoctor.model import cpu_weights, fast_decode
 from deepdoctor.model.cpu_weights import Multiply
 from deepdoctor.model.embedded import embedded_model
 from deepdoctor.model.fast_decode import DecodeStep
-from deepdoctor.model.generate import _Cache
+from deepdoctor.model.kv_cache import SlotCache
 from deepdoctor.model.load import load_decoder, load_tokenizer
 from deepdoctor.recipe import DataSection
 
@@ -62,7 +62,7 @@ def step_of(name: str) -> DecodeStep:
 
 def log_probabilities(step: DecodeStep, ids: list[int]) -> Tensor:
     """Next-token log probabilities (T, V) along given tokens, one decode step at a time."""
-    cache = _Cache(step.decoder, 1, len(ids), step.dtype)
+    cache = SlotCache(step.decoder, 1, len(ids), step.dtype)
     rows = []
     for at, token in enumerate(ids):
         place = torch.tensor([at])
@@ -72,7 +72,7 @@ def log_probabilities(step: DecodeStep, ids: list[int]) -> Tensor:
 
 def speed(step: DecodeStep, tokens: int) -> float:
     """Tokens per second of one stream at positions 100 and on."""
-    cache = _Cache(step.decoder, 1, 100 + tokens, step.dtype)
+    cache = SlotCache(step.decoder, 1, 100 + tokens, step.dtype)
     started = time.perf_counter()
     for at in range(100, 100 + tokens):
         place = torch.tensor([at])

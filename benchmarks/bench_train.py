@@ -117,7 +117,6 @@ def our_environment() -> dict[str, str]:
     env = environment(None)
     return {
         **env,
-        "DEEPDOCTOR_FP8": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [env["PYTHONPATH"]])]),
     }
 

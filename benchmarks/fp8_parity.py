@@ -14,14 +14,11 @@ embedded:rows. About a minute on an H100. Writes benchmarks/results/fp8_parity_<
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("DEEPDOCTOR_FP8", "1")
 
 import torch
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from deepdoctor.errors import UsageError
-from deepdoctor.kernels.attention import attend_cached, attend_packed
 from deepdoctor.model.adapter import Adapter, RowSwitch
-from deepdoctor.model.decoder import Attend, Decoder
+from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.fast_decode import PACKED_SLOTS, DecodeStep, can_pack
+from deepdoctor.model.kv_cache import SlotCache
 from deepdoctor.model.load import free_memory
 
 log = logging.getLogger(__name__)
@@ -70,58 +69,6 @@ class _Slot:
         self.generator = torch.Generator().manual_seed(request.sampling.seed)
 
 
-class _Cache:
-    """Keys and values of every layer, (slots, K, positions, H) each."""
-
-    def __init__(self, decoder: Decoder, slots: int, positions: int, dtype: torch.dtype):
-        config = decoder.config
-        self.key_heads = config.num_kv_heads
-        shape = (config.num_layers, 2, slots, config.num_kv_heads, positions, config.head_dim)
-        # Zeros, because a masked position still enters the sum with weight 0, and 0 times leftover nan is nan.
-        self.kv = torch.zeros(shape, dtype=dtype, device=decoder.device)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy one slot's first ``length`` positions over another slot."""
-        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
-
-    def prefill(self, slots: Sequence[int], row_lengths: Sequence[int]) -> Attend:
-        """Attention of whole prompts, which also fills the slots."""
-        bounds = list(pairwise([0, *torch.tensor(row_lengths).cumsum(0).tolist()]))
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            kv = qkv[:, -2 * self.key_heads :].unflatten(1, (2, self.key_heads))
-            for slot, (start, end) in zip(slots, bounds, strict=True):
-                self.kv[layer, :, slot, :, : end - start] = kv[start:end].movedim(0, 2)
-            return attend_packed(qkv, self.key_heads, row_lengths)
-
-        return attend
-
-    def decode(self, lengths: Tensor, longest: int, ragged: bool) -> Attend:
-        """Attention of one new token per slot 0..n-1; lengths (n,) before the token is added."""
-        count = lengths.shape[0]
-        key_heads = self.key_heads
-        rows = torch.arange(count, device=lengths.device)
-        mask = None
-        if ragged:
-            beyond = torch.arange(longest, device=lengths.device) > lengths[:, None]
-            mask = torch.zeros(count, longest, dtype=self.kv.dtype, device=lengths.device)
-            mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]
-        filled = self.kv[:, :, :count, :, :longest].unbind(0)
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            kv = filled[layer]
-            heads = qkv.shape[1] - 2 * key_heads
-            fresh = qkv[:, heads:].unflatten(1, (2, key_heads))
-            if ragged:
-                kv[:, rows, :, lengths] = fresh
-            else:
-                kv[:, :, :, longest - 1] = fresh.transpose(0, 1)
-            keys, values = kv.unbind(0)
-            return attend_cached(qkv[:, :heads], keys, values, mask)
-
-        return attend
-
-
 class Generator:
     """Answers requests, a fixed number at a time.
 
@@ -162,7 +109,7 @@ class Generator:
         packed = slots <= PACKED_SLOTS and can_pack(self.decoder)
         packed = packed and (self.reduced or self.decoder.compute_dtype == torch.bfloat16)
         step = DecodeStep(self.decoder, self.adapter, packed)
-        cache = _Cache(self.decoder, slots, min(positions, self.decoder.config.max_position_embeddings), step.dtype)
+        cache = SlotCache(self.decoder, slots, min(positions, self.decoder.config.max_position_embeddings), step.dtype)
         seen = torch.zeros(slots, self.decoder.config.vocab_size, dtype=torch.bool, device=self.decoder.device)
         switch = RowSwitch()
         adapters = self.adapter.prepare(self.decoder, switch) if self.adapter is not None else None
@@ -251,7 +198,7 @@ class Generator:
         return fresh, self.decoder.logits(hidden[ends])
 
     def _decode(
-        self, step: DecodeStep, active: list[_Slot], last: list[int], cache: _Cache, switch: RowSwitch
+        self, step: DecodeStep, active: list[_Slot], last: list[int], cache: SlotCache, switch: RowSwitch
     ) -> Tensor:
         """Run one token of every active slot; return logits (n, V)."""
         device = self.decoder.device

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 
 import torch
@@ -19,9 +18,6 @@ from deepdoctor.kernels.fp8 import no_fp8_because
 __all__ = ["cpu_matmul_gflops", "gpu_matmul_rate", "resolve_precision"]
 
 log = logging.getLogger(__name__)
-
-FP8_SWITCH = "DEEPDOCTOR_FP8"
-"""Environment variable that lets fp8 be tried before ``benchmarks/fp8_parity.py`` has shown its loss parity."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,11 +67,6 @@ def resolve_precision(
         reason = no_fp8_because(device)
         if reason is not None:
             raise ModelError(f"model.precision is fp8, but {reason}", "use `--model.precision bf16`, or nf4")
-        if os.environ.get(FP8_SWITCH) != "1":
-            raise ModelError(
-                "model.precision fp8 is not offered yet: that it trains as well as bf16 is not shown on real weights",
-                f"use `--model.precision bf16` or nf4; to try it all the same, set {FP8_SWITCH}=1",
-            )
         return "fp8", torch.bfloat16
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
