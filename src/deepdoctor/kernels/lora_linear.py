@@ -8,7 +8,10 @@ matrices one (R*, I), and B is kept per block::
     v  = [s dy_1 B_1, ...]            (T, R*)
     dx = dy W + v A      dA = v^T x      dB_i = dy_i^T u_i
 
-W may be quantised: it is a callable that returns the dense matrix, asked again in backward rather than kept.
+In 16 bits base and adapter are one product over [x, u] and [W, B], so that their sum is rounded once. Adding to a
+base that is rounded already would lose whatever is below half a unit in its last place: most of a young adapter
+(docs/decisions/0009-adapters-round-once.md). W may be quantised: it is a callable that returns the dense matrix, asked
+again in backward rather than kept.
 Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 """
 
@@ -31,9 +34,15 @@ Dense = Callable[[], Tensor]
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, bs: Sequence[Tensor], blocks: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    y = functional.linear(x, weight, bias)
     u = functional.linear(x, a).mul_(scale)
     rank_at = 0
+    if x.dtype != torch.float32:
+        border = weight.new_zeros(weight.shape[0], a.shape[0])
+        for start, b in zip(blocks, bs, strict=True):
+            border[start : start + b.shape[0], rank_at : rank_at + b.shape[1]] = b
+            rank_at += b.shape[1]
+        return functional.linear(torch.cat([x, u], -1), torch.cat([weight, border], 1), bias), u
+    y = functional.linear(x, weight, bias)
     for start, b in zip(blocks, bs, strict=True):
         rank = b.shape[1]
         y[:, start : start + b.shape[0]].addmm_(u[:, rank_at : rank_at + rank], b.T)
@@ -73,7 +82,10 @@ class _LoraLinear(torch.autograd.Function):
         v.mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.dense()).addmm_(v, a)
+            if dy.dtype == torch.float32:
+                dx = (dy @ ctx.dense()).addmm_(v, a)
+            else:
+                dx = torch.cat([dy, v], -1) @ torch.cat([ctx.dense(), a])
         return dx, None, None, v.T @ x, None, None, *d_bs
 
 
