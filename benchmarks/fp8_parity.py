@@ -163,7 +163,10 @@ def main() -> None:
             f"apart, training lowered the loss by {line['fallen_by']:.3f}); goal {GOAL:.1%}: "
             f"{'reached' if line['reached'] else 'missed'}"
         )
-    values = {"arguments": vars(arguments), "summary": summary, "cases": cases}
+    # Names only: a result tells nothing of the machine's folders.
+    given = {name: value for name, value in vars(arguments).items() if name != "out"}
+    given |= {name: Path(given[name]).name for name in ("base", "rows")}
+    values = {"arguments": given, "summary": summary, "cases": cases}
     print(write_results("fp8_parity", device_name(), arguments.out, values))
 
 
