@@ -76,7 +76,7 @@ def _recipe(path: Path, fields: Any, vram: str | None = None) -> Recipe:
 
 def _reporter(verbose: bool = True) -> Reporter:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "urllib3", "datasets", "huggingface_hub", "bitsandbytes", "fsspec"):
+    for noisy in ("httpx", "httpx2", "urllib3", "datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return Reporter()
 

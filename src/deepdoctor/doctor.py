@@ -33,7 +33,7 @@ def check_machine() -> list[dict[str, Any]]:
     checks.append(
         _check("disk", "bad" if tight else "ok", f"{free:.0f} GiB free here", "the demo needs 2 GiB" if tight else None)
     )
-    extras = {"bitsandbytes": "gpu", "gguf": "gguf"}
+    extras = {"gguf": "gguf"}
     for package, extra in extras.items():
         try:
             checks.append(_check(package, "ok", version(package)))

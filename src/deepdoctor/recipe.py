@@ -151,7 +151,7 @@ class TrainSection(Section):
     warmup_ratio: NonNegativeFloat = Field(default=0.0, lt=1)
     """Share of the steps that warm up, where warmup_steps is 0."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW in fp32, or with 8-bit state (bitsandbytes, CUDA)."""
+    """AdamW with state in fp32, or in 8 bits: a quarter of the memory, on a CPU slower."""
     attention: Literal["auto", "fa4", "flash", "efficient", "rows"] = "auto"
     """Attention on a GPU. auto: the fastest that is worth its start-up. fa4 needs the package flash-attn-4."""
     weight_decay: NonNegativeFloat = 0.0

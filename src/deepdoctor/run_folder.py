@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"deepdoctor": __version__, "python": platform.python_version()}
-    for name in ("torch", "tokenizers", "safetensors", "datasets", "bitsandbytes", "gguf"):
+    for name in ("torch", "tokenizers", "safetensors", "datasets", "gguf"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepdoctor.errors import MissingExtraError, RunError
+from deepdoctor.errors import RunError
+from deepdoctor.kernels.adamw_8bit import BLOCK
 from deepdoctor.model.adapter import Adapter
+from deepdoctor.train.adamw_8bit import SMALLEST_8BIT, AdamW8bit
 from deepdoctor.train.flat import Piece
 
 __all__ = [
@@ -23,15 +24,7 @@ __all__ = [
     "restore_optimizer",
 ]
 
-log = logging.getLogger(__name__)
-
-_BLOCK = 256
-"""Elements that share one absmax in bitsandbytes' 8-bit state."""
-_SMALLEST_8BIT = 4096
-"""Tensors with fewer elements keep fp32 state in bitsandbytes (min_8bit_size)."""
-_LARGEST_8BIT = 2**31 - 1
-"""bitsandbytes passes the number of elements to its CUDA kernel as int32."""
-_UNITS = {"exp_avg": 1, "exp_avg_sq": 1, "state1": 1, "state2": 1, "absmax1": _BLOCK, "absmax2": _BLOCK}
+_UNITS = {"exp_avg": 1, "exp_avg_sq": 1, "state1": 1, "state2": 1, "absmax1": BLOCK, "absmax2": BLOCK}
 """State that is laid out along the parameter: its elements per value. The rest is the same for every parameter."""
 _NORM_CHUNK = 512
 """Elements whose squares are summed in fp32; the sums are added in fp64."""
@@ -61,54 +54,12 @@ def make_optimizer(
     betas: tuple[float, float],
     device: torch.device,
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Return the optimizer and the name of what is really used.
-
-    kind: "adamw" or "adamw_8bit". The 8-bit state needs bitsandbytes: without it a CUDA run stops with
-    MissingExtraError, a CPU run says so and uses fp32 state, which is faster there anyway.
-    """
+    """Return the optimizer and the name of what is really used. kind: "adamw" or "adamw_8bit"."""
     listed = list(parameters)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
     if kind == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            if device.type == "cuda":
-                raise MissingExtraError(
-                    "train.optimizer is adamw_8bit, but bitsandbytes is not installed",
-                    'pip install "deepdoctor[gpu]", or set `--train.optimizer adamw`',
-                ) from None
-            log.warning("bitsandbytes is not installed: AdamW keeps fp32 state instead of 8-bit")
-        else:
-            return _without_waiting(bitsandbytes.optim.AdamW8bit)(listed, **settings), "adamw_8bit"
+        return AdamW8bit(listed, **settings), "adamw_8bit"
     return torch.optim.AdamW(listed, **settings, fused=device.type in ("cuda", "cpu")), "adamw"
-
-
-def _without_waiting(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A bitsandbytes optimizer whose step does not wait for the GPU after every parameter, as its own does (0.50)."""
-
-    class Unwaiting(kind):  # type: ignore[misc, valid-type]
-        initialized: bool
-
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
-            if closure is not None or self.is_paged:
-                return super().step(closure)
-            if not self.initialized:
-                self.check_overrides()
-                self.to_gpu()
-                self.initialized = True
-            for group_number, group in enumerate(self.param_groups):
-                for number, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
-                        continue
-                    if not self.state[parameter]:
-                        self.init_state(group, parameter, group_number, number)
-                    self.prefetch_state(parameter)
-                    self.update_step(group, parameter, group_number, number)
-            return None
-
-    Unwaiting.__name__ = kind.__name__
-    return Unwaiting
 
 
 def can_flatten(adapter: Adapter, kind: str) -> bool:
@@ -120,8 +71,7 @@ def can_flatten(adapter: Adapter, kind: str) -> bool:
     """
     if kind != "adamw_8bit":
         return True
-    sizes = [p.numel() for p in adapter.parameters()]
-    return sum(sizes) <= _LARGEST_8BIT and all(n >= _SMALLEST_8BIT and n % _BLOCK == 0 for n in sizes)
+    return all(p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0 for p in adapter.parameters())
 
 
 def clip_on_device(gradient: Tensor, max_norm: float) -> Tensor:
@@ -147,8 +97,7 @@ def optimizer_state(
     pieces: ``FlatAdapter.pieces`` where the optimizer holds its one parameter; the state is cut and numbered as that of
     the single parameters would be.
 
-    bitsandbytes wraps its tensors in an inner dict, which is laid flat, and shares its quantisation maps between
-    parameters, which safetensors refuses, hence the copies. Its load_state_dict takes the flat form.
+    Parameters share the values of their 8-bit codes, which safetensors refuses, hence the copies.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -166,16 +115,11 @@ def optimizer_state(
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """Lay inner dicts flat and copy tensors to the CPU."""
-    flat: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            flat.update(_plain(value))
-        elif isinstance(value, Tensor):
-            flat[name] = value.detach().to("cpu", copy=True).contiguous()
-        else:
-            flat[name] = value
-    return flat
+    """Copy tensors to the CPU."""
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def _cut(whole: dict[str, Any], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
@@ -215,7 +159,7 @@ def restore_optimizer(
         kinds = ("8-bit", "fp32") if isinstance(optimizer, torch.optim.AdamW) else ("fp32", "8-bit")
         raise RunError(
             f"the checkpoint keeps the optimizer's state in {kinds[0]}, this run would in {kinds[1]}",
-            "bitsandbytes decides which for adamw_8bit: install or remove it as it was, or start a new run",
+            "set train.optimizer to adamw (fp32) or adamw_8bit as it was, or start a new run",
         )
     if pieces is not None and state:
         state = {0: _join([state[number] for number in range(expected)], pieces)}
