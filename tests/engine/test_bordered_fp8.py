@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 
+from deepdoctor.engine import bordered_fp8, layer
 from deepdoctor.engine.bordered_fp8 import BorderedFp8, Fp8Rows
 from deepdoctor.engine.layout import RUNGS
 from deepdoctor.engine.memory import fp8_bytes, fp8_matrix_bytes, widest_row
 from deepdoctor.errors import ModelError, TrainingError
+from deepdoctor.kernels.fp8 import fp8_matmul
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.decoder import FrozenLinear
 from deepdoctor.model.precision import resolve_precision
@@ -108,6 +110,75 @@ def test_refresh_brings_the_masters_in(folder, device) -> None:
         anew = by_engine(decoder, adapter, batch, products="fp8")
     assert after.loss != before.loss
     assert_same_bits(after, anew, "refreshed")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rung", ["keep", "layer"])
+def test_thin_products_of_swiglu(folder, rung, device, monkeypatch) -> None:
+    """u and v from SwiGLU's own pass give the gradients of thin products that read its output again."""
+    batch = packed()
+    with plain_attention(device):
+        found = by_engine(*fresh(folder, device), batch, rung=rung, products="fp8")
+        monkeypatch.setattr(layer, "FUSE_THIN", False)
+        apart = by_engine(*fresh(folder, device), batch, rung=rung, products="fp8")
+    # A u or v that is rounded otherwise moves a whole row by up to a step of e4m3, here and there.
+    assert distances(found.gradients, apart.gradients)["all"] < (GRADIENT_ERROR / 3 if device == "cuda" else 1e-3)
+
+
+def test_rows_are_quantised_once(folder, monkeypatch) -> None:
+    """With u or v where these are computed; alone where SwiGLU has computed them: twice in a layer."""
+    counts = dict.fromkeys(("quantize_rows", "quantize_rows_lora"), 0)
+
+    def counted(name: str):
+        original = getattr(bordered_fp8, name)
+
+        def call(*arguments, **options):
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    batch = packed()
+    decoder, adapter = fresh(folder)
+    engine = new_engine(decoder, adapter, sum(batch.row_lengths), products="fp8")
+    for name in counts:
+        monkeypatch.setattr(bordered_fp8, name, counted(name))
+    run_engine(engine, adapter, batch)
+    layers = decoder.config.num_layers
+    # qkv, o and gate/up forward; down, o and qkv backward.
+    assert counts == {"quantize_rows": 2 * layers, "quantize_rows_lora": 6 * layers}
+
+
+def test_held_rows_are_for_one_product(folder) -> None:
+    """What ``extend`` quantised serves the next product with that matrix and these rows; any other quantises anew."""
+    bordered, _, _ = new_bordered(fresh(folder)[0])
+    draw = torch.Generator().manual_seed(4)
+    matrix, rank = bordered.kept, bordered.rank
+    x = torch.randn(5, bordered.inn + rank, generator=draw)
+    dy = torch.randn(5, bordered.out + rank, generator=draw)
+    y, dx, expected = (torch.empty(5, size) for size in (bordered.out, bordered.inn, bordered.out))
+    bordered.extend(x, matrix)
+    fp8_matmul(*quantised(x), bordered.by_out, bordered.out_scales, expected)
+    if bordered.linear.bias is not None:
+        expected.add_(bordered.linear.bias)
+    bordered.forward(x, matrix, y)
+    assert torch.equal(y, expected)
+    bordered.extend(x, matrix)
+    bordered.input_gradient(dy, matrix, dx)
+    bordered.forward(x, matrix, y)
+    assert torch.equal(y, expected)
+    x.mul_(2)
+    bordered.forward(x, matrix, y)
+    x.mul_(0.5)
+    assert not torch.equal(y, expected)
+    bordered.extend(x, matrix)
+    bordered.forward(x[1:], matrix, y[1:])
+    assert torch.equal(y[1:], expected[1:])
+
+
+def quantised(x):
+    """x in e4m3 with its scales."""
+    return Fp8Rows(*x.shape, x.device).quantize(x, x)
 
 
 def test_close_leaves_the_decoder(folder) -> None:

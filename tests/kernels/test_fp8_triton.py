@@ -1,23 +1,39 @@
 """The Triton conversions to e4m3 against the reference bit for bit, and on a GPU the products of a training step."""
 
+import itertools
+
 import pytest
 import torch
 from test_fp8 import (
+    BORDERS,
     DTYPES,
     E4M3,
+    LORA_SHAPES,
     SHAPES,
     assert_rounded,
+    check_border,
     check_convert,
+    check_lora,
     check_quantize,
     check_rows_of_note,
     empty,
     fp8_reference,
+    make_border,
+    make_lora,
     quantized,
     rows_with_gap,
 )
 from torch import Tensor
 
-from deepdoctor.kernels.fp8 import convert_rows, fp8_matmul, no_fp8_because, quantize_rows
+from deepdoctor.kernels.fp8 import (
+    convert_rows,
+    fp8_matmul,
+    no_fp8_because,
+    quantize_rows,
+    quantize_rows_lora,
+    write_fp8_borders,
+)
+from helpers_numeric import assert_no_less_accurate
 from helpers_triton import DEVICE, INTERPRETED, needs_triton
 
 TOKENS = 6144
@@ -29,6 +45,28 @@ PRODUCTS = {
 }
 """Output columns, input columns and adapter columns of an 8B Llama's products at rank 16."""
 
+# Columns, columns of the adapters, and whether A is given by rank: an 8B Llama's rows that are quantised with u or v.
+THIN = {
+    "qkv": (4096, 48, True),
+    "o": (4096, 16, True),
+    "gate_up": (4096, 32, True),
+    "down and o backward": (4096, 16, False),
+    "qkv backward": (6144, 48, False),
+}
+# rows, block, stages, wide, warps
+TILINGS = [
+    (16, 256, 3, 512, 4),
+    (16, 128, 3, 512, 4),
+    (16, 128, 4, 1024, 4),
+    (16, 256, 3, 256, 2),
+    (16, 128, 4, 256, 2),
+    (16, 256, 3, 1024, 8),
+    (16, 512, 2, 1024, 8),
+    (32, 128, 3, 512, 8),
+    (32, 128, 3, 256, 4),
+]
+# The interpreter multiplies the bit patterns of bf16.
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 CARD_CAN = DEVICE.type != "cuda" or no_fp8_because(DEVICE) is None
 pytestmark = [needs_triton, pytest.mark.skipif(not CARD_CAN, reason="no fp8 arithmetic here")]
 rounds_right = pytest.mark.skipif(
@@ -84,6 +122,70 @@ def assert_same_bits(mine: Tensor, theirs: Tensor, scaled: Tensor) -> None:
     assert not (differ & ((error - other).abs() > 1e-3 * scaled.float().abs())).any()
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bfloat16 or dtype == HALF])
+@pytest.mark.parametrize("shape", LORA_SHAPES)
+def test_lora_bits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Values are the reference's for the row with this u, for rows with gaps, aligned to 16 bytes and not."""
+    for gap, by_rank in ((0, True), (0, False), (3, True), (16, False)):
+        x, values, scale = check_lora("triton", shape, dtype, gap, by_rank)
+        expected = empty(*x.shape)
+        quantize_rows(x, *expected, impl="torch")
+        assert_same_bits(values, expected[0], x / scale)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_lora_tilings(tiling: tuple[int, ...]) -> None:
+    """Every tiling gives scales and values of its u, and a u no less exact."""
+    from deepdoctor.kernels import fp8_triton as kernels
+
+    for shape in ((35, 1024, 16), (3, 1104, 48)):
+        x, a = make_lora(shape, HALF, 16, False)
+        (values, scale), expected = empty(*x.shape), empty(*x.shape)
+        kernels.quantize_lora(x, a, values, scale, kernels.ThinTiling(*tiling))
+        w = x[:, : shape[1]]
+        assert_no_less_accurate(x[:, shape[1] :], w @ a, w.double() @ a.double())
+        quantize_rows(x, *expected, impl="torch")
+        assert torch.equal(scale, expected[1])
+        assert_same_bits(values, expected[0], x / scale)
+
+
+def test_lora_rows_are_their_own() -> None:
+    """A row has the same bits whatever the rows beside it, so that every chunk gives the same gradient."""
+    shape = (37, 608, 48)
+    whole, a = make_lora(shape, HALF, 0, True)
+    values, scale = empty(*whole.shape)
+    alone = whole[20:23].clone()
+    quantize_rows_lora(whole, a, values, scale, impl="triton")
+    other, other_scale = empty(*alone.shape)
+    quantize_rows_lora(alone, a, other, other_scale, impl="triton")
+    assert torch.equal(alone, whole[20:23]) and torch.equal(other_scale, scale[20:23])
+    assert torch.equal(other.view(torch.uint8), values[20:23].view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_lora_hides_no_nan() -> None:
+    """A nan or inf in a row makes its product not finite, and no other."""
+    x, a = make_lora((5, 64, 16), HALF, 0, True)
+    x[1, 7], x[3, 9] = torch.nan, torch.inf
+    values, scale = empty(*x.shape)
+    quantize_rows_lora(x, a, values, scale, impl="triton")
+    product = fp8_reference(values, scale, *quantized(torch.ones(16, 80, device=DEVICE)))
+    assert product.isfinite().all(1).tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("case", BORDERS)
+def test_border_bits(case: tuple[tuple[int, ...], int, int, int]) -> None:
+    """One launch writes the reference's bits; four projections are more than it takes."""
+    border, into = check_border("triton", case)
+    _, expected = make_border(*case)
+    write_fp8_borders(border, **expected, impl="torch")
+    b, a = into["b16"].float() / into["out_scales"].T, (border.a * border.scale).T / into["in_scales"].T
+    used = border.a.shape[0]
+    assert_same_bits(into["by_out"][:, border.inn :], expected["by_out"][:, border.inn :], b)
+    columns = slice(border.out, border.out + used)
+    assert_same_bits(into["by_in"][:, columns], expected["by_in"][:, columns], a)
+
+
 @pytest.mark.gpu
 def test_offsets_past_two_to_the_31() -> None:
     """Rows of a buffer of more than 2**31 elements are found."""
@@ -96,6 +198,12 @@ def test_offsets_past_two_to_the_31() -> None:
     assert_rounded(out[-9:, :64], scale[-9:], x[-9:, :64])
     convert_rows(x[:, :64], scale, out[:, 64:128], impl="triton")
     assert torch.equal(out[-9:, 64:128].view(torch.uint8), out[-9:, :64].view(torch.uint8))
+    few, a = x[-9:, :80].clone(), torch.randn(64, 16, device="cuda", dtype=torch.bfloat16)
+    values, few_scale = empty(9, 80)
+    quantize_rows_lora(few, a, values, few_scale, impl="triton")
+    quantize_rows_lora(x[:, :80], a, out[:, :80], scale, impl="triton")
+    assert torch.equal(x[-9:, :80], few) and torch.equal(scale[-9:], few_scale)
+    assert torch.equal(out[-9:, :80].view(torch.uint8), values.view(torch.uint8))
 
 
 @pytest.mark.gpu
@@ -140,6 +248,53 @@ def test_products_of_a_step(name: str) -> None:
             f"{quantise:.0f} us {3 * TOKENS * width / quantise / 1e6:.2f} TB/s; sums off by {error:.2%}",
             end="",
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5248, 2048])
+def test_times_of_lora(tokens: int) -> None:
+    """With -s: microseconds of quantising with u or v, in two passes and in one, by tiling; asserts the bits."""
+    from deepdoctor.kernels import fp8_triton as kernels
+
+    draw = torch.Generator("cuda").manual_seed(0)
+    table: dict[str, list[float]] = {}
+    for width, rank, by_rank in THIN.values():
+        shape = (tokens, width + rank)
+        # In turns, so that the cache does not hold what comes next.
+        xs = [torch.randn(shape, generator=draw, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        a = torch.randn(rank, width, generator=draw, device="cuda", dtype=torch.bfloat16) * width**-0.5
+        a = a.T if by_rank else a.T.contiguous()
+        (values, scale), expected = empty(*shape), empty(*shape)
+        turns = itertools.cycle(xs)
+
+        def thin(a: Tensor = a, turns=turns, width: int = width) -> Tensor:
+            x = next(turns)
+            torch.mm(x[:, :width], a, out=x[:, width:])
+            return x
+
+        def run(tiling: kernels.ThinTiling | None, a: Tensor = a, turns=turns, into=(values, scale)) -> None:
+            kernels.quantize_lora(next(turns), a, *into, tiling)
+
+        times = {
+            "product alone": _microseconds(thin),
+            "quantise alone": _microseconds(lambda v=values, s=scale, turns=turns: quantize_rows(next(turns), v, s)),
+            "two passes": _microseconds(lambda v=values, s=scale, thin=thin: quantize_rows(thin(), v, s)),
+            "default": _microseconds(lambda run=run: run(None)),
+        }
+        for tiling in TILINGS:
+            chosen = kernels.ThinTiling(*tiling)
+            times["rows {} block {} stages {} wide {} warps {}".format(*tiling)] = _microseconds(
+                lambda run=run, chosen=chosen: run(chosen)
+            )
+            kernels.quantize_lora(xs[0], a, values, scale, chosen)
+            quantize_rows(xs[0], *expected)
+            assert torch.equal(scale, expected[1])
+            assert torch.equal(values.view(torch.uint8), expected[0].view(torch.uint8))
+        for name, taken in times.items():
+            table.setdefault(name, []).append(taken)
+    print(f"\n{tokens} rows, us: {', '.join(THIN)}")
+    for name, row in table.items():
+        print(f"{name:46}", *(f"{taken:7.1f}" for taken in row))
 
 
 def _microseconds(call, repeats: int = 20) -> float:

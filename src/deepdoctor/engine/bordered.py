@@ -27,7 +27,7 @@ from deepdoctor.model.decoder import FrozenLinear
 if TYPE_CHECKING:
     from deepdoctor.kernels.bordered_nf4_triton import BorderedLaunch
 
-__all__ = ["Bordered", "Masters", "accumulate"]
+__all__ = ["Block", "Bordered", "Masters", "accumulate"]
 
 
 class Masters(Protocol):
@@ -41,7 +41,9 @@ class Masters(Protocol):
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """One B: weight (O', r) and gradient, fp32, at row ``start`` and column ``rank_at`` of the border."""
+
     start: int
     rank_at: int
     weight: Tensor
@@ -80,7 +82,7 @@ class Bordered:
         self.out = sum(linear.sizes)
         self.inn = linear.in_features
         present = [name for name in linear.names if name in names]
-        self.blocks: list[_Block] = []
+        self.blocks: list[Block] = []
         self.a: Tensor | None = None
         at = 0
         if present:
@@ -88,7 +90,7 @@ class Bordered:
             for name in present:
                 weight, gradient = masters.b(layer, name)
                 start = linear.starts[linear.names.index(name)]
-                self.blocks.append(_Block(start, at, weight, gradient))
+                self.blocks.append(Block(start, at, weight, gradient))
                 at += weight.shape[1]
         self.used = at
         self.kept: Tensor | None = None
@@ -137,10 +139,20 @@ class Bordered:
             self.write_adapter(matrix)
         return matrix
 
+    def a_rows(self, matrix: Tensor) -> Tensor:
+        """Return sA (R, I)."""
+        return matrix[self.out :, : self.inn]
+
+    def b_block(self, matrix: Tensor, block: Block) -> Tensor:
+        """Return one B (O', r) in the compute dtype."""
+        rows, rank = block.weight.shape
+        at = self.inn + block.rank_at
+        return matrix[block.start : block.start + rows, at : at + rank]
+
     def inner(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         """out (T, R) = u = x (sA)^T; x (T, I)."""
         if self.rank:
-            torch.mm(x, matrix[self.out :, : self.inn].T, out=out)
+            torch.mm(x, self.a_rows(matrix).T, out=out)
 
     def extend(self, x: Tensor, matrix: Tensor) -> None:
         """Fill u in the last R columns of x (T, I + R)."""

@@ -7,9 +7,9 @@ product, and forward and backward sum over different sides of W, so there are tw
     backward  dx = [dy, v] [W^T, A^T s]^T  columns of W   (I, O + R)
 
 The scales are those of W, so that an update of the adapter writes the border alone; entries of A and B beyond the range
-of their row are limited to it. [x, u] and [dy, v] are quantised as they enter a product. u, v, dA and dB are taken in
-16 bits from the 16-bit rows, and so is the gradient of the masters: rounding the border is passed straight through.
-The base itself stays as it is held, since it answers after training.
+of their row are limited to it. [x, u] and [dy, v] are quantised in the pass that computes u or v, or else as they enter
+a product. u, v, dA and dB are taken in 16 bits from the 16-bit rows, and so is the gradient of the masters: rounding
+the border is passed straight through. The base itself stays as it is held, since it answers after training.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepdoctor.engine.bordered import Bordered, Masters
+from deepdoctor.engine.bordered import Block, Bordered, Masters
 from deepdoctor.errors import TrainingError
-from deepdoctor.kernels.fp8 import E4M3, WIDTH_STEP, convert_rows, fp8_matmul, quantize_rows
+from deepdoctor.kernels.fp8 import (
+    E4M3,
+    WIDTH_STEP,
+    fp8_matmul,
+    quantize_rows,
+    quantize_rows_lora,
+    write_fp8_borders,
+)
 from deepdoctor.model.decoder import FrozenLinear
 
 __all__ = ["BorderedFp8", "Fp8Rows"]
@@ -33,12 +40,31 @@ class Fp8Rows:
     def __init__(self, tokens: int, columns: int, device: torch.device):
         self.values = torch.empty(tokens * columns, dtype=E4M3, device=device)
         self.scales = torch.empty(tokens, 1, device=device)
+        # Which rows lie here for which product: addresses of its matrix and of the rows, number and stride of these.
+        # No version counter: kernels that write rows do not count, and all buffers of the arena share one.
+        self._held: tuple[int, int, int, int] | None = None
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (T, K) -> e4m3 (T, K) and scales (T, 1), valid until the next call."""
+    def _room(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
-        values, scales = self.values.as_strided((rows, width), (width, 1)), self.scales[:rows]
-        quantize_rows(x, values, scales)
+        return self.values.as_strided((rows, width), (width, 1)), self.scales[:rows]
+
+    def extend(self, x: Tensor, a: Tensor, weight: Tensor) -> None:
+        """Fill u = x a in the last columns of x (T, K + R), quantise, and hold that for the next product with weight.
+
+        Until then, x must not change.
+        """
+        quantize_rows_lora(x, a, *self._room(x))
+        self._held = (weight.data_ptr(), x.data_ptr(), x.shape[0], x.stride(0))
+
+    def quantize(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x (T, K) -> e4m3 (T, K) and scales (T, 1) for a product with weight, valid until the next call.
+
+        What ``extend`` holds for just these is used, once.
+        """
+        held, self._held = self._held, None
+        values, scales = self._room(x)
+        if held != (weight.data_ptr(), x.data_ptr(), x.shape[0], x.stride(0)):
+            quantize_rows(x, values, scales)
         return values, scales
 
 
@@ -96,36 +122,45 @@ class BorderedFp8(Bordered):
 
     def write_adapter(self, matrix: Tensor) -> None:
         """Copy the masters into both borders and the 16-bit A and B."""
-        if self.a is None:
-            return
-        torch.mul(self.a, self.scale, out=matrix[: self.used])
-        for block in self.blocks:
-            height, rank = block.weight.shape
-            self.b16[block.start : block.start + height, block.rank_at : block.rank_at + rank] = block.weight
-        convert_rows(self.b16, self.out_scales, self.by_out[:, self.inn :])
-        at = slice(self.out, self.out + self.used)
-        convert_rows(self.a.T, self.in_scales, self.by_in[:, at], factor=self.scale)
+        write_fp8_borders(
+            self.border,
+            a16=matrix,
+            b16=self.b16,
+            by_out=self.by_out,
+            out_scales=self.out_scales,
+            by_in=self.by_in,
+            in_scales=self.in_scales,
+        )
 
     def write(self, matrix: Tensor) -> Tensor:
         """Raise TrainingError: quantising at each use would take longer than the products."""
         raise TrainingError("fp8 matrices are kept, and cannot be made at each use", "set keep_matrices")
 
-    def inner(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
-        """out (T, R) = u = x (sA)^T; x (T, I)."""
+    def a_rows(self, matrix: Tensor) -> Tensor:
+        """Return sA (R, I)."""
+        return matrix
+
+    def b_block(self, matrix: Tensor, block: Block) -> Tensor:
+        """Return one B (O', r) in 16 bits."""
+        rows, rank = block.weight.shape
+        return self.b16[block.start : block.start + rows, block.rank_at : block.rank_at + rank]
+
+    def extend(self, x: Tensor, matrix: Tensor) -> None:
+        """Fill u in the last R columns of x (T, I + R), and quantise x for ``forward``."""
         if self.rank:
-            torch.mm(x, matrix.T, out=out)
+            self.rows.extend(x, matrix.T, self.by_out)
 
     def forward(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         """out (T, O) = [x, u] [W, B]^T, plus the bias; x (T, I + R)."""
-        fp8_matmul(*self.rows.quantize(x), self.by_out, self.out_scales, out)
+        fp8_matmul(*self.rows.quantize(x, self.by_out), self.by_out, self.out_scales, out)
         if self.linear.bias is not None:
             out.add_(self.linear.bias)
 
     def extend_gradient(self, dy: Tensor, matrix: Tensor) -> None:
-        """Fill v = dy B in the last R columns of dy (T, O + R)."""
+        """Fill v = dy B in columns O to O + R of dy, and quantise up to there for ``input_gradient``."""
         if self.rank:
-            torch.mm(dy[:, : self.out], self.b16, out=dy[:, self.out : self.out + self.rank])
+            self.rows.extend(dy[:, : self.out + self.rank], self.b16, self.by_in)
 
     def input_gradient(self, dy: Tensor, matrix: Tensor, out: Tensor) -> None:
         """out (T, I) = [dy, v] [W^T, A^T s]^T; dy (T, O + R)."""
-        fp8_matmul(*self.rows.quantize(dy), self.by_in, self.in_scales, out)
+        fp8_matmul(*self.rows.quantize(dy, self.by_in), self.by_in, self.in_scales, out)

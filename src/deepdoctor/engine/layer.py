@@ -220,15 +220,14 @@ class LayerEngine:
                 out[part] += x_mid
 
     def _fuses(self) -> bool:
-        """Whether SwiGLU takes u and v along: not for fp8 matrices, and not without adapters."""
-        pair = (self.gate_up, self.down)
-        return FUSE_THIN and all(type(matrix) is Bordered for matrix in pair) and any(matrix.rank for matrix in pair)
+        """Whether SwiGLU takes u and v along: where one of them is there."""
+        return FUSE_THIN and self.gate_up.rank + self.down.rank > 0
 
     def _activate(self, gu: Tensor, act: Tensor, down: Tensor) -> None:
         """act (C, F + R) = [silu(gate) * up, u], from gu (C, 2F + R)."""
         wide = self.shape.wide
         if self._fuses():
-            a = down[self.down.out :, :wide]
+            a = self.down.a_rows(down)
             swiglu_lora_forward(gu[:, : 2 * wide], a, act=act[:, :wide], u=act[:, wide:])
         else:
             swiglu_forward(gu[:, : 2 * wide], out=act[:, :wide])
@@ -238,7 +237,7 @@ class LayerEngine:
         self, gu: Tensor, d_act: Tensor, act: Tensor | None, u: Tensor | None, gate_up: Tensor, down: Tensor
     ) -> None:
         """gu (C, 2F + R) becomes [d_gate, d_up, v]; act (C, F) and u (C, R) are computed again where given."""
-        wide, inn = self.shape.wide, self.gate_up.inn
+        wide = self.shape.wide
         halves = gu[:, : 2 * wide]
         if not self._fuses():
             swiglu_backward_(halves, d_act, act=act)
@@ -246,11 +245,8 @@ class LayerEngine:
                 self.down.inner(act, down, u)
             self.gate_up.extend_gradient(gu, gate_up)
             return
-        b: dict[int, Tensor] = {}
-        for block in self.gate_up.blocks:
-            columns = slice(inn + block.rank_at, inn + block.rank_at + block.weight.shape[1])
-            b[block.start] = gate_up[block.start : block.start + wide, columns]
-        a = None if u is None else down[self.down.out :, :wide]
+        b = {block.start: self.gate_up.b_block(gate_up, block) for block in self.gate_up.blocks}
+        a = None if u is None else self.down.a_rows(down)
         swiglu_lora_backward_(halves, d_act, b.get(0), b.get(wide), v=gu[:, 2 * wide :], act=act, a=a, u=u)
 
     def backward(self, kept: Saved, stream: Tensor, rung: Rung, batch: Batch, arena: Arena, last: bool = False) -> None:

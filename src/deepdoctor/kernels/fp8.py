@@ -6,11 +6,13 @@ the sum, the hardware multiplies 8-bit numbers and the scales are applied to the
 
     y[i, j] = s[i] t[j] sum_k x8[i, k] w8[j, k]
 
-``quantize_rows`` finds the scale of a row, ``convert_rows`` stores values under a scale that is already there and
-saturates. ``fp8_matmul`` is ``torch._scaled_mm`` on a GPU, with sums in the tensor cores' own precision (about 14 bits
-on Hopper), and on a CPU the same product in fp32. Format: Micikevicius et al. 2022 (arXiv 2209.05433).
+``quantize_rows`` finds the scale of a row, and ``quantize_rows_lora`` computes the adapters' columns of the row in the
+same pass. ``convert_rows`` stores values under a scale that is already there and saturates; ``write_fp8_borders`` does
+so for the adapters beside a matrix. ``fp8_matmul`` is ``torch._scaled_mm`` on a GPU, with sums in the tensor cores' own
+precision (about 14 bits on Hopper), and on a CPU the same product in fp32. Format: Micikevicius et al. 2022 (arXiv
+2209.05433).
 
-Letters: T rows of x, K columns of both, O rows of the matrix.
+Letters: T rows of x, K columns of both, O rows of the matrix, R columns that adapters add.
 """
 
 from __future__ import annotations
@@ -21,10 +23,20 @@ import torch
 from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
+from deepdoctor.kernels.bordered_nf4 import Border
 from deepdoctor.kernels.choose import Impl, use_triton
 from deepdoctor.kernels.rows import FLOAT_DTYPES
 
-__all__ = ["E4M3", "WIDTH_STEP", "convert_rows", "fp8_matmul", "no_fp8_because", "quantize_rows"]
+__all__ = [
+    "E4M3",
+    "WIDTH_STEP",
+    "convert_rows",
+    "fp8_matmul",
+    "no_fp8_because",
+    "quantize_rows",
+    "quantize_rows_lora",
+    "write_fp8_borders",
+]
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -34,6 +46,8 @@ WIDTH_STEP = 16
 """K and O are multiples of this."""
 CAPABILITY = (8, 9)
 """First compute capability with fp8 arithmetic: Ada (8.9), Hopper (9.0)."""
+WIDEST_THIN = 64
+"""Most columns R that the kernel computes along with a row; more run as a product of their own."""
 PACKED_ROWS = 512
 """Rows at once where the product can only write rows without gaps: 28 MiB of 28,672 columns."""
 
@@ -61,6 +75,34 @@ def quantize_rows(x: Tensor, out: Tensor, scale: Tensor, *, impl: Impl = "auto")
     out.copy_(wide.mul(found.reciprocal()).clamp_(-LARGEST, LARGEST))
 
 
+def quantize_rows_lora(x: Tensor, a: Tensor, out: Tensor, scale: Tensor, *, impl: Impl = "auto") -> None:
+    """Fill u in the last R columns of x = [w, u], then quantise all of x: ``u = w a``, and ``quantize_rows``.
+
+    x      (T, K + R)      bf16 | fp16 | fp32, rows contiguous, any row stride; u: summed in fp32, rounded once
+    a      (K, R)          as x, any strides
+    out    (T, K + R)      e4m3, rows contiguous, any row stride
+    scale  (T,) or (T, 1)  fp32, contiguous: gets max|row| / 448, u included
+
+    Two passes for fp32, and for R over 64. Raises KernelInputError on any mismatch above.
+    """
+    op = "quantize_rows_lora"
+    if a.dim() != 2 or a.dtype != x.dtype or x.dim() != 2 or a.shape[0] + a.shape[1] != x.shape[1]:
+        raise KernelInputError(
+            f"{op}: x is {tuple(x.shape)} {x.dtype}, a {tuple(a.shape)} {a.dtype}, expected (T, K + R) and (K, R) alike"
+        )
+    width, rank = a.shape
+    if 0 < rank <= WIDEST_THIN and x.dtype != torch.float32 and _use_triton(impl, x):
+        from deepdoctor.kernels import fp8_triton
+
+        _check_rows(op, "x", x, x.shape, FLOAT_DTYPES)
+        _check_rows(op, "out", out, x.shape, (E4M3,))
+        _check_scale(op, "scale", scale, x.shape[0])
+        fp8_triton.quantize_lora(x, a, out, scale)
+        return
+    torch.mm(x[:, :width], a, out=x[:, width:])
+    quantize_rows(x, out, scale, impl=impl)
+
+
 def convert_rows(x: Tensor, scale: Tensor, out: Tensor, *, factor: float = 1.0, impl: Impl = "auto") -> None:
     """Store factor * x in e4m3 under scales that are given; what is out of range becomes +-448.
 
@@ -80,6 +122,66 @@ def convert_rows(x: Tensor, scale: Tensor, out: Tensor, *, factor: float = 1.0, 
         fp8_triton.convert(x, scale, out, factor)
         return
     out.copy_(x.float().mul(factor).mul_(scale.view(-1, 1).reciprocal()).clamp_(-LARGEST, LARGEST))
+
+
+def write_fp8_borders(
+    border: Border,
+    *,
+    a16: Tensor,
+    b16: Tensor,
+    by_out: Tensor,
+    out_scales: Tensor,
+    by_in: Tensor,
+    in_scales: Tensor,
+    impl: Impl = "auto",
+) -> None:
+    """Write the adapters beside a matrix W (O, I) that lies in fp8 by rows and by columns; what they miss stays zero.
+
+    border      A, B and s, as in ``bordered_nf4.py``; U: rows of A, at most R
+    a16         (R, I)      bf16 | fp16 | fp32, contiguous: gets s A in its first U rows
+    b16         (O, R)      as a16: gets the B, block-diagonally
+    by_out      (O, I + R)  e4m3, contiguous: gets b16 in its last columns, under
+    out_scales  (1, O)      fp32
+    by_in       (I, O + R)  e4m3, contiguous: gets (s A)^T, from fp32, from column O on, under
+    in_scales   (1, I)      fp32
+
+    Raises KernelInputError where a shape differs from these.
+    """
+    out, inn, rank = border.out, border.inn, border.rank
+    shapes = (a16.shape, b16.shape, by_out.shape, by_in.shape)
+    if shapes != ((rank, inn), (out, rank), (out, inn + rank), (inn, out + rank)):
+        raise KernelInputError(
+            f"write_fp8_borders: a16, b16, by_out and by_in are {', '.join(str(tuple(s)) for s in shapes)} "
+            f"for {out} x {inn} and {rank} columns beside it"
+        )
+    a = border.a
+    if a is None:
+        return
+    if _use_triton(impl, a) and _launches(border):
+        from deepdoctor.kernels import fp8_triton
+
+        fp8_triton.write_borders(border, a16, b16, by_out, out_scales, by_in, in_scales)
+        return
+    used = a.shape[0]
+    torch.mul(a, border.scale, out=a16[:used])
+    for block in border.blocks:
+        height, width = block.weight.shape
+        b16[block.start : block.start + height, block.rank_at : block.rank_at + width] = block.weight
+    convert_rows(b16, out_scales, by_out[:, inn:], impl=impl)
+    convert_rows(a.T, in_scales, by_in[:, out : out + used], factor=border.scale, impl=impl)
+
+
+def _launches(border: Border) -> bool:
+    """Whether one launch takes these adapters: up to three B of one rank, beside each other, nothing strided."""
+    assert border.a is not None
+    tensors = [border.a, *(block.weight for block in border.blocks)]
+    rank = tensors[-1].shape[1]
+    return (
+        2 <= len(tensors) <= 4
+        and all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
+        and all(block.weight.shape[1] == rank for block in border.blocks)
+        and all(block.rank_at == number * rank for number, block in enumerate(border.blocks))
+    )
 
 
 def fp8_matmul(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> Tensor:
