@@ -1,7 +1,5 @@
 """The engine with fp8 products against float64; on a CPU the same 8-bit values, multiplied in fp32."""
 
-import os
-
 import pytest
 import torch
 
@@ -34,8 +32,6 @@ from helpers_engine import (
     worst,
 )
 from helpers_models import save_tiny_model
-
-os.environ.setdefault("DEEPDOCTOR_FP8", "1")
 
 GRADIENT_ERROR = 0.15
 """All gradients together. Values are off by 2.6 % (a step of 1/8 of the power of two below them over sqrt(12)), the

@@ -378,8 +378,6 @@ def test_the_peak_is_as_planned(tmp_path, name):
     """Most bytes allocated in three steps are those of the plan, to 5 % and 64 MiB; afterwards they are given back."""
     room, special = ROOMS[name]
     chosen = {"optimizer": "adamw", "precision": "nf4", "attention": "flash", "vocab": MID["vocab"], **special}
-    if chosen["optimizer"] == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     if chosen["precision"] == "fp8" and (reason := no_fp8_because(torch.device("cuda"))):
         pytest.skip(reason)
     skip_unless(chosen["attention"], "cuda", torch.bfloat16, 128)

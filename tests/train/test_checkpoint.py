@@ -72,8 +72,6 @@ def test_everything_comes_back(decoder, trained, tmp_path):
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_flat_and_single_checkpoints_are_the_same_files(decoder, tmp_path, kind):
     """Written flat or single, the bytes are the same, and the flat run goes on from the single run's folder."""
-    if kind == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     section = short_section(lora_rank=128)
 
     def make(adapter, parameters):

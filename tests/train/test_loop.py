@@ -93,10 +93,8 @@ def test_micro_batches_do_not_change_the_curve(decoder, tmp_path, micro_batch_si
 def test_a_resumed_run_gives_the_curve_bit_for_bit(decoder, tmp_path, settings):
     """Killed after step 5, resumed from the checkpoint of 3: losses, norms and weights of a run without a break.
 
-    With 8-bit optimizer state no checkpoint could be written at all: bitsandbytes nests its tensors in a dict.
+    8-bit state used to leave no checkpoint at all: bitsandbytes nested its tensors in a dict.
     """
-    if "optimizer" in settings:
-        pytest.importorskip("bitsandbytes")
     section = short_section(max_steps=8, save_steps=3, **settings)
     straight, one = run_training(decoder, ROWS, section, tmp_path / "straight")
     broken = tmp_path / "broken"
