@@ -105,8 +105,9 @@ def train_hf(data: list, kind: str) -> tuple[float, int]:
 def generate_deepdoctor(data: list) -> dict[str, float]:
     """Time our generator, greedy."""
     from deepdoctor.model.embedded import embedded_model
-    from deepdoctor.model.generate import Generator, Request, Sampling
+    from deepdoctor.model.generate import Generator, Request
     from deepdoctor.model.load import load_decoder
+    from deepdoctor.model.sampling import Sampling
 
     decoder = load_decoder(embedded_model(), "auto")
     speeds = {}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from deepdoctor.errors import RunError
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder
-from deepdoctor.model.generate import Sampling
 from deepdoctor.model.load import choose_device, free_memory, limit_memory, load_decoder, load_tokenizer, resolve_model
 from deepdoctor.model.quantize import is_bnb_config
+from deepdoctor.model.sampling import Sampling
 from deepdoctor.model.tokenizer import Tokenizer
 from deepdoctor.recipe import Recipe, SamplingSection
 from deepdoctor.run_folder import RunFolder
@@ -42,12 +40,6 @@ def _quick_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-def _import_quietly(name: str) -> None:
-    """Import a module ahead of its use; where it is missing, its use says so."""
-    with suppress(ImportError):
-        importlib.import_module(name)
 
 
 class Session:
@@ -82,9 +74,6 @@ class Session:
         device = choose_device(model.device)
         if model.vram and device.type == "cuda":
             limit_memory(device, parse_size(model.vram, "model.vram"))
-        if device.type == "cuda" and self.recipe.train.optimizer == "adamw_8bit":
-            # Seconds of import, while the weights are read.
-            threading.Thread(target=_import_quietly, args=("bitsandbytes",), daemon=True).start()
         started = time.perf_counter()
         config_layers = None
         if self.source.is_dir():

@@ -8,8 +8,9 @@ import pytest
 from deepdoctor.compare.answers import Item, answer_items, items_of_questions, items_of_rows
 from deepdoctor.data.prompt import Prompt
 from deepdoctor.data.rows import Question, Row
-from deepdoctor.model.generate import Completion, Request, Sampling
+from deepdoctor.model.generate import Completion, Request
 from deepdoctor.model.load import load_tokenizer
+from deepdoctor.model.sampling import Sampling
 
 OPTIONS = {"A": "Aspirin", "B": "Heparin"}
 ITEMS = [Item("t", "q1", "Which drug?", OPTIONS, "B", "g"), Item("t", "q2", "What is the dose?")]

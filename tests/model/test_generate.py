@@ -13,8 +13,9 @@ from deepdoctor.errors import UsageError
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.fast_decode import can_pack
-from deepdoctor.model.generate import Completion, Generator, Request, Sampling, _sample
+from deepdoctor.model.generate import Completion, Generator, Request, Words
 from deepdoctor.model.load import load_decoder, load_tokenizer
+from deepdoctor.model.sampling import Sampling
 from deepdoctor.model.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -291,35 +292,6 @@ def test_temperature_zero_is_greedy(tiny: tuple[Decoder, Any]) -> None:
     assert found[0] == found[1] == found[2] == found[3]
 
 
-def frequencies(logits: torch.Tensor, sampling: Sampling, draws: int = 3000) -> torch.Tensor:
-    """Share of every token over many draws."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([_sample(logits, sampling, generator) for _ in range(draws)])
-    return torch.bincount(tokens, minlength=len(logits)) / draws
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.75), (0.6, 0.95), (2.0, 0.5)])
-def test_draws_follow_temperature_and_nucleus(temperature: float, top_p: float) -> None:
-    """3,000 draws show transformers' probabilities within five standard errors, and nothing outside the nucleus."""
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-    logits = torch.tensor([0.3, 2.0, -1.0, 1.4, 0.9, -3.0, 1.2])
-    scores = TopPLogitsWarper(top_p)(torch.zeros(1, 1), TemperatureLogitsWarper(temperature)(None, logits[None]))
-    wanted = scores[0].softmax(-1)
-    found = frequencies(logits, Sampling(1, temperature, top_p))
-    assert not found[wanted == 0].any()
-    assert (found > 0).sum() == (wanted > 1e-3).sum() or top_p == 1
-    assert ((found - wanted).abs() <= 5 * (wanted * (1 - wanted) / 3000).sqrt() + 1e-9).all()
-
-
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
-    """Of 0.5, 0.3, 0.2: a top_p up to 0.5 keeps one token, up to 0.8 two, above it three; the first always stays."""
-    logits = torch.tensor([0.3, 0.5, 0.2]).log()
-    for top_p, kept in ((1e-9, [1]), (0.49, [1]), (0.51, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2])):
-        found = frequencies(logits, Sampling(1, 1.0, top_p), 300)
-        assert found.nonzero()[:, 0].tolist() == kept, top_p
-
-
 def test_tokens_are_reported_in_order(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
     """on_token brings every token of every answer once, in its order, before the answer is yielded."""
     requests = mixed_requests()
@@ -348,6 +320,104 @@ def test_refused_requests(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
         ),
         (Request([1], short, True, "q3"), None, "'q3' asks the tuned side, but no adapter was given"),
     ]
+    ranges = {"top_p": 0.0, "top_k": -1, "min_p": 1.0, "temperature": -0.1, "max_new_tokens": 0, "stop": ("",)}
+    for name, value in ranges.items():
+        wrong = replace(short, **{name: value})
+        faults.append((Request([1], wrong, key="q4"), adapter, f"'q4': {name} is .*, expected"))
+    faults.append((Request([1], replace(short, stop=("x",)), key="q5"), adapter, "'q5' has a stop text"))
     for request, given, message in faults:
         with pytest.raises(UsageError, match=message):
             list(Generator(tiny[0], given, (STOP,)).run([Request([1], short, key="fine"), request]))
+
+
+def spelled(ids: Sequence[int]) -> str:
+    """One letter pair per token of the tiny models, so that texts can cross token borders."""
+    return "".join(f"{chr(97 + token % 26)}{chr(97 + token // 26)}" for token in ids)
+
+
+WORDS = Words(spelled, close="zz", closing_ids=(5, 6))
+
+
+def free_answer(decoder: Decoder, new: int = 12) -> tuple[Request, list[int]]:
+    """A prompt and what greedy decoding makes of it."""
+    request = Request(draw_rows(9, seed=4)[0], Sampling(new), key=0)
+    return request, answers(decoder, [request], stop=())[0].ids
+
+
+def test_a_stop_text_may_cross_tokens(tiny: tuple[Decoder, Any]) -> None:
+    """A text that begins inside one token and ends inside another ends the answer before it, and so at its start."""
+    decoder = tiny[0]
+    request, free = free_answer(decoder)
+    text = spelled(free)
+    for begin, end in ((7, 10), (0, 3), (2, 4), (5, 6)):
+        stop = text[begin:end]
+        at = text.index(stop)
+        asked = replace(request, sampling=replace(request.sampling, stop=("never there", stop), logprobs=True))
+        found = next(Generator(decoder, None, (), words=WORDS).run([asked]))
+        assert (found.text, found.ids, found.cut_off) == (text[:at], free[: at // 2], False)
+        assert len(found.logprobs) == len(found.ids)
+
+
+def test_thinking_is_closed_at_its_limit(tiny: tuple[Decoder, Any]) -> None:
+    """After max_thinking_tokens the closing tokens are written and the answer goes on; not where it was closed."""
+    decoder = tiny[0]
+    request, free = free_answer(decoder)
+    asked = replace(request, sampling=replace(request.sampling, max_thinking_tokens=4))
+    found = next(Generator(decoder, None, (), words=WORDS).run([asked]))
+    assert found.ids[:6] == [*free[:4], 5, 6] and found.thinking_closed
+    logits = packed_logits(decoder, [[*request.prompt_ids, *found.ids]])
+    assert found.ids[6:] == logits[len(request.prompt_ids) + 5 : -1].argmax(-1).tolist()
+    closed = replace(WORDS, close=spelled(free[2:3]))
+    done = next(Generator(decoder, None, (), words=closed).run([asked]))
+    assert done.ids == free and not done.thinking_closed
+
+
+def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
+    """One request is cancelled while it is answered, one while it waits; the other answers are what they were."""
+    requests = [replace(r, sampling=Sampling(9)) for r in mixed_requests()]
+    expected = ids(answers(tiny[0], requests, adapter, stop=()))
+    generator = Generator(tiny[0], adapter, (), 2)
+    heard = 0
+
+    def stop_two(request: Request, token: int) -> None:
+        nonlocal heard
+        heard += request.key == 0
+        if heard == 3:
+            generator.cancel(0)
+            generator.cancel(4)
+
+    found = {c.request.key: c for c in generator.run(requests, stop_two)}
+    assert {key for key, c in found.items() if c.cancelled} == {0, 4}
+    assert found[0].ids == expected[0][:3] and found[4].ids == []
+    assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n] for n in (1, 2, 3)}
+
+
+def test_log_probabilities_are_the_models_own(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
+    """They are those of a whole pass, whatever temperature and penalty the tokens were drawn with."""
+    prompts = draw_rows(6, 9, seed=3)
+    settings = Sampling(7, 1.3, 0.9, 1.4, seed=2, logprobs=True)
+    requests = [Request(p, settings, n == 1, n) for n, p in enumerate(prompts)]
+    for key, found in answers(tiny[0], requests, adapter, stop=()).items():
+        whole = [*prompts[key], *found.ids]
+        logits = packed_logits(tiny[0], [whole], adapter if key else None)[len(prompts[key]) - 1 : -1]
+        wanted = logits.float().log_softmax(-1).gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found.logprobs), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_prompts_run_once(tiny: tuple[Decoder, Any], adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one prompt share its prefill, also with one still being answered; each side has its own."""
+    one, other = draw_rows(8, 5, seed=7)
+    prompts = [one, other, one, one, other, one]
+    requests = [Request(p, Sampling(6, 1.0, seed=n), n % 2 == 1, n) for n, p in enumerate(prompts)]
+    alone = {n: answers(tiny[0], [r], adapter)[n].ids for n, r in enumerate(requests)}
+    run: list[int] = []
+    forward = Decoder.forward
+
+    def counted(self: Decoder, input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        run.append(input_ids.shape[0])
+        return forward(self, input_ids, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    assert ids(answers(tiny[0], requests, adapter, 6)) == alone
+    assert run == [8 + 5 + 8 + 5]
+    assert ids(answers(tiny[0], requests, adapter, 3)) == alone

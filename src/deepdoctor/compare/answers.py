@@ -12,7 +12,8 @@ from deepdoctor.compare.extract import read_letter, repeats, split_thinking
 from deepdoctor.data.prompt import Prompt
 from deepdoctor.data.questions import option_prompt
 from deepdoctor.data.rows import Question, Row
-from deepdoctor.model.generate import Completion, Generator, Request, Sampling
+from deepdoctor.model.generate import Completion, Generator, Request
+from deepdoctor.model.sampling import Sampling
 
 __all__ = ["Item", "answer_items", "items_of_questions", "items_of_rows"]
 
