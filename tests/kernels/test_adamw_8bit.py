@@ -69,8 +69,8 @@ def moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def adamw(state: dict[str, Tensor], step: int, dtype: torch.dtype) -> list[Tensor]:
     """PyTorch's AdamW from the same state: parameter and both moments after the step."""
-    parameter = torch.nn.Parameter(state["parameter"].cpu().to(dtype))
-    parameter.grad = state["gradient"].cpu().to(dtype)
+    parameter = torch.nn.Parameter(state["parameter"].to("cpu", dtype, copy=True))
+    parameter.grad = state["gradient"].to("cpu", dtype, copy=True)
     names = {"lr": "learning_rate"}
     options = {name: SETTINGS[names.get(name, name)] for name in ("lr", "betas", "eps", "weight_decay")}
     optimizer = torch.optim.AdamW([parameter], **options, foreach=False, fused=False)
