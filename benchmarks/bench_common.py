@@ -114,10 +114,10 @@ def _versions() -> dict[str, str]:
 def write_results(what: str, gpu: str, out: str | None, values: dict[str, Any]) -> Path:
     """Write ``benchmarks/results/<what>_<gpu>_<date>.json`` (or ``out``) and return its path."""
     path = Path(out) if out else result_path(what, gpu)
-    commit = subprocess.run(
+    # Given from outside where the sources came without their history, or with another's.
+    commit = os.environ.get("BENCH_COMMIT") or subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    commit = commit or os.environ.get("BENCH_COMMIT", "")
     head = {"what": what, "gpu": gpu, "date": time.strftime("%Y-%m-%d"), "commit": commit, "versions": _versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, **values}, indent=1) + "\n", encoding="utf-8")
