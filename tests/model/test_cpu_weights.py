@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepdoctor.model.cpu_weights import four_bit_grid, has_packed_kernels, packed_multiply
+from deepdoctor.model.cpu_weights import FEW_ROWS, PackedWeight, four_bit_grid, has_fp16_products, has_packed_kernels
 
 needs_kernels = pytest.mark.skipif(not has_packed_kernels(), reason="this processor has no oneDNN bf16 products")
 
@@ -49,17 +49,23 @@ def test_a_constant_run_is_a_grid():
 
 @needs_kernels
 @pytest.mark.parametrize("make", [grid_weight, lambda: torch.randn(96, 128).bfloat16().float()])
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 40])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_products_lose_no_more_than_bf16(make, rows, with_bias):
-    """Packed products stay within twice the error of plain bf16 against float64, from 4 bits too."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_lose_no_more_than_their_format(make, rows, with_bias, wide):
+    """Packed products stay within twice the error of plain ones against float64: bf16 for few rows, 4 bits too, else
+    the format of the copy for many, unless the range of fp16 is too small."""
     torch.manual_seed(rows)
     weight, x = make(), torch.randn(rows, 128)
     bias = torch.randn(96) if with_bias else None
+    many = rows > FEW_ROWS and not (wide and has_fp16_products())
+    dtype = torch.float16 if many and has_fp16_products() else torch.bfloat16
     truth = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
-    plain = x.bfloat16() @ weight.bfloat16().T
-    plain = plain + bias.bfloat16() if with_bias else plain
-    found = packed_multiply(weight, bias)(x)
-    assert found.dtype == torch.float32
+    plain = x.to(dtype) @ weight.to(dtype).T
+    plain = plain + bias.to(dtype) if with_bias else plain
+    packed = PackedWeight(weight, bias)
+    found = packed(x, wide)
+    assert found.dtype == (dtype if many else torch.float32)
+    assert (packed.few is None) == many and (packed.many is None) != many
     allowed = 2 * (plain.double() - truth).square().mean().sqrt()
     assert (found.double() - truth).square().mean().sqrt() <= allowed
