@@ -294,7 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--skip", type=int, default=5, help="steps that do not count")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a child may take")
-    parser.add_argument("--longest", type=int, default=350_000, help="tokens of the row of longest_row")
+    parser.add_argument("--longest", type=int, default=352_000, help="tokens of the row of longest_row")
     parser.add_argument("--layers", type=int, help="write a base with fewer layers")
     parser.add_argument("--tiny", action="store_true", help="write a base that a CPU trains in seconds")
     parser.add_argument("--ours", default="{}", help="JSON of settings of ours that override those of every case")
