@@ -1,0 +1,190 @@
+"""A frozen NF4 matrix times a few rows, for decoding: every packed byte is read once, nothing is written but y.
+
+For x (B, I), one row per answer being written, and W (O, I) in NF4, its parts one below the other::
+
+    y = x W^T (+ bias) (+ u L^T)   (B, O)   L (O, R): the B matrices of the adapters, block-diagonal
+    u = (x S^T) * mask             (B, R)   S (R, I): the A matrices times the scale; mask (B, 1): rows with the adapter
+
+W is rounded to x's dtype as ``dequantize_nf4`` rounds it, products are summed in fp32 with bias and adapter, and y is
+rounded once. So y is what dequantising and a matrix product give, up to the order of summation, and that order hangs on
+shape and tiling alone: no atomics.
+
+On a GPU both ops may be captured in a CUDA graph: what they read and write has a fixed address, and nothing waits for
+the device. A scratch serves one call at a time; calls on one stream may share it.
+
+The PyTorch code below is the reference and the CPU path; ``nf4_thin_triton.py`` holds the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepdoctor.errors import KernelInputError
+from deepdoctor.kernels.choose import Impl, use_triton
+from deepdoctor.kernels.nf4 import NF4Weight, dequantize_nf4
+from deepdoctor.kernels.rows import FLOAT_DTYPES, check_rows
+
+if TYPE_CHECKING:
+    from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, ThinTiling
+
+__all__ = ["THIN_RANK", "THIN_ROWS", "ThinLinear", "thin_lora"]
+
+THIN_ROWS = 32
+"""Most rows of x: beyond, the weights are better written out and multiplied."""
+THIN_RANK = 64
+"""Most columns of u."""
+
+
+class ThinLinear:
+    """``y = x W^T (+ bias) (+ u L^T)`` for one frozen matrix, prepared once.
+
+    parts    NF4 matrices (O_i, I) on one device, one below the other
+    dtype    bf16 | fp16 | fp32: of x, y, bias, u and lora
+    bias     (O,) or None
+    lora     L (O, R), R <= 64, or None
+    impl     "triton" needs bf16 or fp16 and parts as published checkpoints have them: double-quantised in blocks of 64,
+             I a multiple of 64; "auto" takes PyTorch for anything else
+
+    All tensors are read at every call, at the address they have now. Raises KernelInputError on any mismatch above.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[NF4Weight],
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        lora: Tensor | None = None,
+        impl: Impl = "auto",
+        tiling: ThinTiling | None = None,
+    ):
+        if not parts or any(len(part.shape) != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
+            raise KernelInputError(
+                f"ThinLinear: parts are {[part.shape for part in parts]}, expected one (O_i, I) or more of one I"
+            )
+        if dtype not in FLOAT_DTYPES:
+            raise KernelInputError(f"ThinLinear: dtype is {dtype}, expected bf16, fp16 or fp32")
+        self.parts, self.dtype, self.bias, self.lora = tuple(parts), dtype, bias, lora
+        self.out_features, self.in_features = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        self.device = parts[0].packed.device
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        for name, tensor, shape in (("bias", bias, (self.out_features,)), ("lora", lora, (self.out_features, -1))):
+            if tensor is None:
+                continue
+            fits = tensor.dim() == len(shape) and tensor.shape[0] == shape[0] and tensor.is_contiguous()
+            if not fits or tensor.dtype != dtype or tensor.device != self.device:
+                raise KernelInputError(
+                    f"ThinLinear: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides "
+                    f"{tensor.stride()}; expected a contiguous {shape} {dtype} on {self.device}"
+                )
+        self.rank = 0 if lora is None else lora.shape[1]
+        if self.rank > THIN_RANK:
+            raise KernelInputError(f"ThinLinear: lora has {self.rank} columns, expected at most {THIN_RANK}")
+        self._launch: ThinLaunch | None = None
+        if use_triton(impl, like):
+            from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, takes
+
+            if takes(parts, dtype):
+                self._launch = ThinLaunch(parts, bias, lora, tiling)
+            elif impl == "triton":
+                raise KernelInputError(
+                    f"ThinLinear: impl is 'triton', but parts {[part.shape for part in parts]} in {dtype} are not "
+                    "double-quantised in blocks of 64 with I a multiple of 64, or not 16 bits wide",
+                    "use impl='auto'",
+                )
+
+    def scratch_elements(self, rows: int) -> int:
+        """Return how many fp32 elements of scratch a call with ``rows`` rows needs; 0 in PyTorch."""
+        return 0 if self._launch is None else self._launch.splits * rows * self.out_features
+
+    def __call__(self, x: Tensor, out: Tensor, u: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+        """Write y into out and return it.
+
+        x        (B, I)  B from 1 to 32, rows contiguous
+        out      (B, O)  rows contiguous
+        u        (B, R)  contiguous, from ``thin_lora``; None leaves the adapter out
+        scratch  fp32, contiguous, ``scratch_elements(B)`` or more, overwritten; allocated when None
+
+        Raises KernelInputError on any mismatch above.
+        """
+        rows = x.shape[0]
+        check_rows("ThinLinear", "x", x, (rows, self.in_features), x)
+        check_rows("ThinLinear", "out", out, (rows, self.out_features), x)
+        if not 1 <= rows <= THIN_ROWS or x.dtype != self.dtype or x.device != self.device:
+            raise KernelInputError(
+                f"ThinLinear: x is {tuple(x.shape)} {x.dtype} on {x.device}, expected 1 to {THIN_ROWS} rows of "
+                f"{self.dtype} on {self.device}"
+            )
+        if u is not None:
+            if self.lora is None:
+                raise KernelInputError("ThinLinear: u is given, but it was prepared without lora")
+            _check("ThinLinear", "u", u, (rows, self.rank), x.dtype, x.device)
+        if self._launch is None:
+            return self._reference(x, out, u)
+        elements = self.scratch_elements(rows)
+        if scratch is None:
+            scratch = torch.empty(elements, dtype=torch.float32, device=x.device)
+        if scratch.numel() < elements or scratch.dtype != torch.float32 or not scratch.is_contiguous():
+            raise KernelInputError(
+                f"ThinLinear: scratch has {scratch.numel()} {scratch.dtype}, expected {elements} or more of fp32"
+            )
+        self._launch(x, out, u, scratch)
+        return out
+
+    def _reference(self, x: Tensor, out: Tensor, u: Tensor | None) -> Tensor:
+        """Products and sums in fp32, one part after the other, rounded once."""
+        wide, start = x.float(), 0
+        for part in self.parts:
+            rows = slice(start, start + part.shape[0])
+            y = wide @ dequantize_nf4(part, self.dtype).float().T
+            if self.bias is not None:
+                y += self.bias[rows].float()
+            if u is not None and self.lora is not None:
+                y += u.float() @ self.lora[rows].float().T
+            out[:, rows] = y
+            start += part.shape[0]
+        return out
+
+
+@torch.no_grad()
+def thin_lora(x: Tensor, a: Tensor, out: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """Write u = (x a^T) * mask into out and return it: products summed in fp32, one rounding.
+
+    x        (B, I)  bf16 | fp16 | fp32, rows contiguous
+    a        (R, I)  contiguous, R from 1 to 64, dtype of x; the adapters' A matrices, the scale folded in
+    mask     (B, 1)  contiguous, dtype of x: 0 switches a row's adapter off, 1 on; None is 1 everywhere
+    out      (B, R)  contiguous, dtype of x
+
+    Raises KernelInputError on any mismatch above.
+    """
+    check_rows("thin_lora", "x", x, x.shape, x)
+    rows, rank = x.shape[0], a.shape[0]
+    _check("thin_lora", "a", a, (rank, x.shape[1]), x.dtype, x.device)
+    _check("thin_lora", "out", out, (rows, rank), x.dtype, x.device)
+    if mask is not None:
+        _check("thin_lora", "mask", mask, (rows, 1), x.dtype, x.device)
+    if not 1 <= rank <= THIN_RANK:
+        raise KernelInputError(f"thin_lora: a has {rank} rows, expected 1 to {THIN_RANK}")
+    if use_triton(impl, x):
+        from deepdoctor.kernels import nf4_thin_triton
+
+        nf4_thin_triton.lora(x, a, mask, out)
+        return out
+    u = x.float() @ a.float().T
+    out.copy_(u if mask is None else u.mul_(mask.float()))
+    return out
+
+
+def _check(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a tensor that is not contiguous, of this shape and dtype, on this device."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise KernelInputError(
+            f"{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; "
+            f"expected a contiguous {shape} {dtype} on {device}"
+        )
