@@ -58,12 +58,15 @@ TEXTS = {
 def test_records_come_in_order_of_items_base_first(prompt: Prompt) -> None:
     """Whatever finishes first, records stand in the order of items, base before tuned; all are handed on at once."""
     seen: list[tuple[str, str]] = []
-    tokens: list[None] = []
+    tokens: list[tuple[int, str, int]] = []
     records, _ = answered(
-        prompt, TEXTS, on_record=lambda r: seen.append((r["id"], r["side"])), on_token=lambda: tokens.append(None)
+        prompt, TEXTS, on_record=lambda r: seen.append((r["id"], r["side"])), on_token=lambda *t: tokens.append(t)
     )
     assert [(r["id"], r["side"]) for r in records] == [("q1", "base"), ("q1", "tuned"), ("q2", "base"), ("q2", "tuned")]
     assert seen == [("q2", "tuned"), ("q2", "base"), ("q1", "tuned"), ("q1", "base")]
+    for number, side in TEXTS:
+        text = prompt.tokenizer.decode([token for n, s, token in tokens if (n, s) == (number, side)])
+        assert text == TEXTS[number, side]
     assert len(tokens) == sum(record["new_tokens"] for record in records)
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from deepdoctor.compare import stage
+from deepdoctor.compare.answers import answer_items
+from deepdoctor.compare.journal import AnswerJournal
 from deepdoctor.compare.stage import compare_sides
 from deepdoctor.data.stage import prepare_data
 from deepdoctor.pipeline import run
@@ -50,7 +53,7 @@ def test_everything_asked_for_is_measured(trained: dict[str, Any]) -> None:
     assert stats["loss"]["all"]["n_rows"] == 4
     assert len(stats["answers"]) == 10
     written = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-    assert sorted(map(json.dumps, written)) == sorted(map(json.dumps, stats["answers"]))
+    assert written == stats["answers"]
     again, _ = compared(trained, tasks=[TASK], max_questions=3)
     assert [(a["id"], a["side"], a["text"]) for a in again["answers"]] == [
         (a["id"], a["side"], a["text"]) for a in stats["answers"]
@@ -98,3 +101,81 @@ def test_a_complete_comparison_is_read_back(trained: dict[str, Any]) -> None:
     assert "decoder" not in vars(session)
     (made.path / "compare" / "stats.json").unlink()
     (made.path / "compare").rmdir()
+
+
+def journal_of(trained: dict[str, Any]) -> Path:
+    """Where finished answers lie until the stage is done."""
+    return Path(trained["runs_dir"]) / trained["name"] / ".compare.answers.jsonl"
+
+
+def interrupted(trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int, **section: Any) -> None:
+    """Compare, and be stopped by the user after some answers."""
+    add = AnswerJournal.add
+    kept = 0
+
+    def stopping(journal: AnswerJournal, record: dict[str, Any]) -> bool:
+        nonlocal kept
+        if kept == after:
+            raise KeyboardInterrupt
+        kept += 1
+        return add(journal, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AnswerJournal, "add", stopping)
+        compared(trained, **section)
+
+
+@pytest.mark.parametrize("after", [1, 6, 9])
+def test_an_interrupted_comparison_goes_on(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Stopped after some answers, even inside a written line, it asks the rest and ends with the same answers.jsonl."""
+    section = {"tasks": [TASK], "max_questions": 3, "batch_size": 2}
+    _, whole = compared(trained, **section)
+    interrupted(trained, monkeypatch, after, **section)
+    journal = journal_of(trained)
+    assert len(journal.read_text(encoding="utf-8").splitlines()) == 1 + after
+    journal.write_bytes(journal.read_bytes() + '{"task": "questions", "id": "é'.encode()[:-1])
+    asked: list[int] = []
+
+    def counted(items: Any, *rest: Any, **named: Any) -> Any:
+        asked.append(len(items))
+        return answer_items(items, *rest, **named)
+
+    monkeypatch.setattr(stage, "answer_items", counted)
+    _, resumed = compared(trained, **section)
+    # With two at once, base and tuned of one question finish before the next begins: a question is asked anew at most.
+    assert asked == [5 - after // 2]
+    assert (resumed / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+    assert not journal.exists()
+
+
+def test_other_settings_begin_anew(trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of an interrupted comparison with another limit are not taken over."""
+    section = {"tasks": [TASK], "max_questions": 3, "batch_size": 2}
+    _, whole = compared(trained, **section)
+    interrupted(trained, monkeypatch, 4, **{**section, "max_new_tokens": 3})
+    _, other = compared(trained, **section)
+    assert (other / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+
+
+def test_questions_are_looked_for_in_the_rows(trained: dict[str, Any], tmp_path: Path) -> None:
+    """A task that holds a training row's question: it is named, counted, and left out of a second set of statistics."""
+    recipe = load_recipe(trained, environ={})
+    session = Session(recipe, RunFolder.open(Path(recipe.runs_dir) / recipe.name), SilentReporter())
+    row = prepare_data(session).train[0][0]
+    options = {"A": "rest", "B": "ice", "C": "heat", "D": "salt"}
+    other = "Which dye stains the zebra's tooth enamel violet in the museum's oldest jar?"
+    questions = [
+        {"id": str(n), "question": q, "options": options, "answer": "A", "task": "own"}
+        for n, q in enumerate((row.question, other))
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    stats, folder = compared(trained, tasks=[str(path)], held_out_questions=0)
+    task = stats["tasks"][0]
+    assert (task["n"], task["without_suspects"]["n"]) == (2, 1)
+    assert stats["overlap"]["suspects"] == 1
+    assert any("1 of 2 questions look like" in sentence for sentence in stats["limits"])
+    found = json.loads((folder / "overlap.json").read_text(encoding="utf-8"))
+    assert [(q["id"], q["suspect"]) for q in found["results"]] == [("0", True), ("1", False)]

@@ -120,3 +120,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_r1, tmp_path, straight):
     finish(start(recipe, "--resume"))
     assert metrics(tmp_path)[: len(before)] == before, "steps that were done are not done again"
     assert curve(tmp_path) == straight
+
+
+def test_a_killed_comparison_goes_on(tiny_r1, tmp_path):
+    """kill -9 between answers, then --resume: nothing is asked twice and answers.jsonl is that of an unbroken run."""
+    whole, broken = (tmp_path / name for name in ("whole", "broken"))
+    for folder in (whole, broken):
+        folder.mkdir()
+        asked = {"held_out_loss": False, "held_out_questions": 2, "tasks": ["embedded:questions"], "max_questions": 6}
+        settings = {**asked, "max_new_tokens": 120, "temperature": 0.9, "batch_size": 2}
+        few = {**values(tiny_r1, folder), "compare": settings}
+        few["train"] = {**few["train"], "max_steps": 1}
+        write_recipe(folder / "recipe.yaml", few)
+    finish(start(whole / "recipe.yaml"))
+    journal = broken / "runs" / "resume" / ".compare.answers.jsonl"
+    process = start(broken / "recipe.yaml")
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline, "the comparison was not hit"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert not (journal.parent / "compare").exists()
+    assert "going on after" in finish(start(broken / "recipe.yaml", "--resume"))
+    answers = [(folder / "runs" / "resume" / "compare" / "answers.jsonl").read_bytes() for folder in (whole, broken)]
+    assert answers[0] == answers[1] and answers[0].count(b"\n") == 16
+    assert not journal.exists()

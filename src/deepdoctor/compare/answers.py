@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from deepdoctor.compare.extract import read_letter, repeats, split_thinking
@@ -54,29 +53,23 @@ def answer_items(
     sampling: Sampling,
     sides: Sequence[str] = ("base", "tuned"),
     on_record: Callable[[dict[str, Any]], None] | None = None,
-    on_token: Callable[[], None] | None = None,
+    on_token: Callable[[int, str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Ask every item of every side; return the records in the order of items, base before tuned.
 
     Both sides get the same token ids, limit, sampling and seed. on_record: called with each record as it is finished.
+    on_token: called with an item's number, the side and each new token; requests have the key (number, side).
     """
     requests = []
     for number, item in enumerate(items):
         ids = prompt.prompt_ids(item.question)
-        drawn = Sampling(
-            sampling.max_new_tokens,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.repetition_penalty,
-            _seed(sampling.seed, item),
-        )
+        drawn = replace(sampling, seed=_seed(sampling.seed, item))
         requests += [Request(ids, drawn, side == "tuned", (number, side)) for side in sides]
     records: dict[Any, dict[str, Any]] = {}
-    started = time.perf_counter()
-    for completion in generator.run(requests, (lambda request, token: on_token()) if on_token else None):
+    on_drawn = (lambda request, token: on_token(*cast(tuple[int, str], request.key), token)) if on_token else None
+    for completion in generator.run(requests, on_drawn):
         number, side = cast(tuple[int, str], completion.request.key)
         record = _record(items[number], side, completion, prompt)
-        record["seconds_since_start"] = round(time.perf_counter() - started, 3)
         records[number, side] = record
         if on_record:
             on_record(record)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from deepdoctor.compare.answers import Item, answer_items, items_of_questions, items_of_rows
 from deepdoctor.compare.extract import RULE_VERSION
+from deepdoctor.compare.journal import AnswerJournal
 from deepdoctor.compare.loss import compare_losses
 from deepdoctor.compare.report import summarise_task, write_report
+from deepdoctor.data.overlap import OverlapReport, find_overlap
 from deepdoctor.data.questions import load_questions
 from deepdoctor.data.rows import Question
 from deepdoctor.data.store import PreparedData
+from deepdoctor.model.adapter import ADAPTER_FILE
 from deepdoctor.model.generate import Generator
 from deepdoctor.recipe import CompareSection
 from deepdoctor.run_folder import write_json
@@ -22,18 +27,44 @@ from deepdoctor.train.held_out import held_out_losses
 
 __all__ = ["compare_sides", "read_tasks"]
 
+SIDES = ("base", "tuned")
 LOSS_TOKENS = 4096
 """Packed tokens at once when only losses are wanted; nothing is kept for a backward pass."""
 
 
-def _items(session: Session, data: PreparedData) -> list[Item]:
+def _items(session: Session, data: PreparedData, tasks: Sequence[Sequence[Question]]) -> list[Item]:
     """Everything both sides are asked, in order: held-out rows, then each task."""
-    section, seed = session.recipe.compare, session.recipe.seed
-    rows = [row for row, _ in data.held_out][: section.held_out_questions]
+    rows = [row for row, _ in data.held_out][: session.recipe.compare.held_out_questions]
     items = items_of_rows(rows)
-    for questions in read_tasks(section, seed):
+    for questions in tasks:
         items += items_of_questions(questions)
     return items
+
+
+def _overlap(session: Session, data: PreparedData, tasks: Sequence[Sequence[Question]]) -> OverlapReport | None:
+    """Search the training rows for the questions, and say what was found."""
+    questions = [question for task in tasks for question in task]
+    if not questions:
+        return None
+    report = find_overlap([row for row, _ in data.train], questions)
+    suspects = len(report.suspects())
+    if suspects:
+        session.reporter.say(f"compare: {suspects} of {len(questions)} questions look like a training row")
+    return report
+
+
+def _summaries(items: Sequence[Item], records: Sequence[dict[str, Any]], overlap: OverlapReport | None) -> list[Any]:
+    """The statistics of each task; with those of the questions that no row looks like, where some do."""
+    suspects = overlap.suspects() if overlap is not None else set()
+    summaries = []
+    for task in dict.fromkeys(item.task for item in items):
+        of_task = [record for record in records if record["task"] == task]
+        clean = [record for record in of_task if (task, record["id"]) not in suspects]
+        summary = summarise_task(of_task)
+        if clean and len(clean) < len(of_task):
+            summary["without_suspects"] = summarise_task(clean)
+        summaries.append(summary)
+    return summaries
 
 
 def read_tasks(section: CompareSection, seed: int) -> list[list[Question]]:
@@ -53,40 +84,72 @@ def _losses(session: Session, data: PreparedData) -> dict[str, Any]:
     return compare_losses(*sides)
 
 
-def _answers(session: Session, items: Sequence[Item], path: Any) -> list[dict[str, Any]]:
-    """Ask both sides, writing each record as it is finished."""
+def _protocol(session: Session, items: Sequence[Item]) -> str:
+    """A text that differs wherever answers could: weights, adapter, prompts, settings, questions."""
+    assert session.run is not None
+    recipe = session.recipe
+    adapter = session.run.path / "train" / "adapter" / ADAPTER_FILE
+    asked = json.dumps([(item.task, item.id, session.prompt.text(item.question)) for item in items])
+    parts = {
+        "model": recipe.model.model_dump(mode="json"),
+        "held_as": [session.decoder.precision, str(session.decoder.compute_dtype)],
+        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+        "rule": RULE_VERSION,
+        "settings": recipe.compare.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "asked": hashlib.sha256(asked.encode()).hexdigest(),
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _answers(session: Session, items: Sequence[Item], folder: Path) -> list[dict[str, Any]]:
+    """Ask both sides what no interrupted comparison has asked yet; write ``answers.jsonl`` in the order of items."""
     section = session.recipe.compare
     sampling = session.sampling(section, session.recipe.seed)
     generator = Generator(
         session.decoder, session.adapter, session.prompt.stop_ids, section.batch_size, session.reduced
     )
-    with (
-        path.open("w", encoding="utf-8") as sink,
-        session.reporter.meter("compare", 2 * len(items), "answers") as meter,
-    ):
-        tokens, started = 0, time.perf_counter()
+    assert session.run is not None
+    journal = AnswerJournal(session.run.path / ".compare.answers.jsonl", _protocol(session, items))
+    found = len(journal.records)
+    if found:
+        session.reporter.say(f"compare: going on after {found} answers of an interrupted comparison")
+    done = False
+    try:
+        with session.reporter.meter("compare", 2 * len(items), "answers") as meter:
+            tokens, started = 0, time.perf_counter()
+            meter.advance(found)
 
-        def keep(record: dict[str, Any]) -> None:
-            nonlocal tokens
-            tokens += record["new_tokens"]
-            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
-            sink.flush()
-            meter.advance(1, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+            def keep(record: dict[str, Any]) -> None:
+                nonlocal tokens
+                tokens += record["new_tokens"]
+                if journal.add(record):
+                    meter.advance(1, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
-        return answer_items(items, generator, session.prompt, sampling, on_record=keep)
+            answer_items(journal.left(items, SIDES), generator, session.prompt, sampling, SIDES, on_record=keep)
+        records = list(journal.in_order(items, SIDES))
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+        done = True
+    finally:
+        journal.close(done)
+    return records
 
 
 def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
     """Fill ``compare/`` of the run and return what ``stats.json`` holds.
 
-    Writes ``answers.jsonl`` (one record per question and side), ``stats.json``, ``report.html`` and ``report.md``.
+    Writes ``answers.jsonl`` (one record per question and side), ``overlap.json`` (which questions look like a training
+    row), ``stats.json``, ``report.html`` and ``report.md``.
     Where the recipe asks for no loss, no held-out question and no task, the report says that nothing was measured.
     """
     run, recipe = session.run, session.recipe
     assert run is not None
     if run.done("compare"):
         return json.loads((run.path / "compare" / "stats.json").read_text(encoding="utf-8"))
-    items = _items(session, data)
+    questions = read_tasks(recipe.compare, recipe.seed)
+    items = _items(session, data, questions)
+    overlap = _overlap(session, data, questions)
     if not items and not (data.held_out and recipe.compare.held_out_loss):
         session.reporter.say(
             "compare: nothing to measure: no held-out rows and no tasks; `--data.held_out 0.05` or "
@@ -94,11 +157,8 @@ def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
         )
     with run.stage("compare") as folder:
         losses = _losses(session, data)
-        records = _answers(session, items, folder / "answers.jsonl") if items else []
-        tasks = [
-            summarise_task([record for record in records if record["task"] == task])
-            for task in dict.fromkeys(item.task for item in items)
-        ]
+        records = _answers(session, items, folder) if items else []
+        tasks = _summaries(items, records, overlap)
         sampling = session.sampling(recipe.compare, recipe.seed)
         result = {
             "schema": 1,
@@ -130,8 +190,12 @@ def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
             "tasks": tasks,
             "answers": records,
             "timings": run.manifest["timings"],
-            "limits": _limits(session, items),
+            "limits": _limits(session, items, overlap),
         }
+        if overlap is not None:
+            found = overlap.to_json()
+            write_json(folder / "overlap.json", found)
+            result["overlap"] = {key: found[key] for key in ("version", "rows", "questions", "suspects", "totals")}
         write_report(folder, result)
         write_json(folder / "stats.json", {key: value for key, value in result.items() if key != "answers"})
     run.update(compare={"loss": losses, "tasks": tasks})
@@ -151,7 +215,7 @@ def _curves(session: Session) -> dict[str, Any]:
     }
 
 
-def _limits(session: Session, items: Sequence[Item]) -> list[str]:
+def _limits(session: Session, items: Sequence[Item], overlap: OverlapReport | None) -> list[str]:
     """Sentences on what this measurement cannot show, from what it was made of."""
     recipe = session.recipe
     limits = ["Research only, not clinical guidance."]
@@ -162,5 +226,10 @@ def _limits(session: Session, items: Sequence[Item]) -> list[str]:
         limits.append("A model of this size gains form, not medical knowledge, from such training.")
     if not any(item.options for item in items):
         limits.append("No question has a key, so nothing here measures whether answers are right.")
-    limits.append("Rows and questions were not searched for overlap.")
+    if overlap is not None:
+        found = overlap.to_json()
+        limits.append(
+            f"{found['suspects']} of {found['questions']} questions look like one of the {found['rows']} training rows "
+            "(overlap.json names them); a full paraphrase would not be seen."
+        )
     return limits
