@@ -45,6 +45,10 @@ __all__ = [
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Doubt = Literal[
+    "picture_in_reasoning", "duplicate_question", "near_duplicate", "uniform_opening", "chat_markers", "injection",
+    "markup", "personal_data", "language_mix", "answer_in_question", "unsupported_answer",
+]  # fmt: skip
 ENV_PREFIX = "DD_"
 
 
@@ -106,6 +110,8 @@ class DataSection(Section):
     """Second and later copies of the same row."""
     missing_image: Literal["drop", "keep"] = "drop"
     """Rows whose question needs a picture that is not there."""
+    drop: tuple[Doubt, ...] = ()
+    """Findings whose rows go too, e.g. ``[near_duplicate, markup]``; all others of these are kept and named."""
     train_on: Literal["reasoning_and_answer", "answer", "all"] = "reasoning_and_answer"
     """Which tokens carry loss; ``all`` adds the prompt."""
 
@@ -270,9 +276,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)?\.?\d+[eE][-+]?\d+$"),
-    list("-+0123456789."),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)?\.?\d+[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 

@@ -236,7 +236,7 @@ def test_report_is_stable_json():
     written = json.loads(json.dumps(report.to_json()))
     assert list(written) == [
         "format", "source", "rows_read", "rows_kept", "rows_dropped", "max_seq_len", "longest_row", "train_on",
-        "label_tokens", "tokens", "counts", "findings",
+        "label_tokens", "tokens", "counts", "findings", "openings",
     ]  # fmt: skip
     assert written["counts"] == {
         "empty_field": {"dropped": 1, "kept": 0},
@@ -297,12 +297,16 @@ def test_a_huge_row_is_dropped_not_fatal():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
 def test_real_rows():
-    """138 real rows: two lean on a missing diagram, the rest pass every verification."""
+    """138 real rows: two lean on a missing diagram, one is asked twice, the rest pass every verification."""
     source = str(SHARED / "medical-o1-sft-sample.jsonl")
     section = DataSection(source=source, max_seq_len=8192)
     kept, report = check_rows(load_rows(section), byte_prompt(), section)
     assert len(kept) == 136
-    assert found(report) == [("missing_image", 47, "dropped"), ("missing_image", 72, "dropped")]
+    assert found(report) == [
+        ("missing_image", 47, "dropped"),
+        ("missing_image", 72, "dropped"),
+        ("near_duplicate", 133, "kept"),
+    ]
 
 
 def test_embedded_rows_pass():
@@ -312,3 +316,63 @@ def test_embedded_rows_pass():
     kept, report = check_rows(rows, byte_prompt(), section)
     assert len(kept) == len(rows)
     assert report.findings == ()
+
+
+DOUBTFUL = {"answer": "It is <br> this."}
+
+
+def test_doubtful_rows_are_kept_unless_the_recipe_drops_them():
+    """A finding in the texts keeps its row and is named; ``drop`` takes the row out for that reason alone."""
+    rows = row(), replace(row("Another?", index=1), **DOUBTFUL)
+    kept, report = check(*rows)
+    assert (len(kept), found(report)) == (2, [("markup", 1, "kept")])
+    assert "1 kept, `markup`: a text holds HTML or a stray code fence (at 2)." in report.summary_lines()
+    kept, report = check(*rows, drop=("markup", "injection"))
+    assert (len(kept), found(report)) == (1, [("markup", 1, "dropped")])
+
+
+def test_a_dropped_row_is_named_once():
+    """A row that goes for one reason is not counted as kept for another."""
+    rows = row(), replace(row("Another?", index=1), reasoning="r" * 500, **DOUBTFUL)
+    _, report = check(*rows, max_seq_len=200)
+    assert found(report) == [("too_long", 1, "dropped")]
+
+
+ASKED = "A 61-year-old woman with involuntary urine loss during coughing has a positive Q-tip test. What is it?"
+
+
+def test_near_duplicates_are_kept_or_dropped():
+    """The second of two rows that ask nearly the same is named with the first; a dropped row stands for none."""
+    rows = row(ASKED), row(f"{ASKED} Explain.", index=1), row(f"{ASKED} Think.", index=2)
+    kept, report = check(*rows)
+    assert (len(kept), found(report)) == (3, [("near_duplicate", 1, "kept"), ("near_duplicate", 2, "kept")])
+    assert report.findings[1].detail.startswith("like rows.jsonl:1, likeness of the questions 0.")
+    kept, report = check(*rows, drop=("near_duplicate",))
+    assert [r.index for r, _ in kept] == [0]
+    empty_first = replace(rows[0], answer=""), *rows[1:]
+    _, report = check(*empty_first)
+    assert found(report) == [("empty_field", 0, "dropped"), ("near_duplicate", 2, "kept")]
+
+
+def test_repeated_questions_can_be_dropped():
+    """``drop`` works on what was only reported before, and a copy is still a duplicate first."""
+    rows = row(), row(answer="That.", index=1), row(answer="that. ", index=2), row(index=3)
+    kept, report = check(*rows, drop=("duplicate_question", "near_duplicate"))
+    assert len(kept) == 1
+    assert [code for code, _, _ in found(report)] == ["duplicate_question", "duplicate_question", "duplicate"]
+
+
+def test_nothing_left_by_drop_says_so():
+    """Where ``drop`` takes the last row, the message names the finding to take out of it."""
+    with pytest.raises(DataError, match="1 markup") as caught:
+        check(row(**DOUBTFUL), drop=("markup",))
+    assert "take `markup` out of data.drop" in str(caught.value)
+
+
+def test_uniform_openings_are_reported():
+    """Reasonings that all begin alike are a finding, and the summary names the commonest first words."""
+    rows = [row(f"Question {n}?", "Okay, let us think about this one.", index=n) for n in range(24)]
+    _, report = check(*rows)
+    assert report.counts()["uniform_opening"] == {"dropped": 0, "kept": 24}
+    assert "100% of the reasonings begin with 'okay let us'." in report.summary_lines()
+    assert report.to_json()["openings"] == [{"words": "okay let us", "rows": 24, "share": 1.0}]
