@@ -188,7 +188,9 @@ def run_command(
     return _stages(resolved, ("data", "train", "compare", "export"), resume, json)
 
 
-def data_command(source: Path, /, *, fields: Fields = None, rows: int = 3, json: bool = False) -> int:
+def data_command(
+    source: Path, /, *, fields: Fields = None, rows: int = 3, page: Path | None = None, json: bool = False
+) -> int:
     """Check rows: what is found, what is dropped and why, and three rows with their loss mask.
 
     Parameters
@@ -197,12 +199,14 @@ def data_command(source: Path, /, *, fields: Fields = None, rows: int = 3, json:
         Recipe (.yaml), or a file of rows, which is checked with the embedded model's tokenizer.
     rows
         Rows shown with trained and masked tokens apart.
+    page
+        Write the check as an HTML page, with examples of what was found.
     json
         Print check.json.
     """
     from deepdoctor.data.command import check_source
 
-    return check_source(source, _overrides(fields), rows, json, _reporter())
+    return check_source(source, _overrides(fields), rows, json, _reporter(), page)
 
 
 def train_command(
@@ -224,9 +228,85 @@ def train_command(
     return _stages(_recipe(recipe, fields, vram), ("train",), resume, json)
 
 
-def compare_command(recipe: Path, /, *, fields: Fields = None, json: bool = False) -> int:
-    """Compare base and tuned of a trained run on unseen questions."""
-    return _stages(_recipe(recipe, fields), ("compare",), True, json)
+Several = Parameter(consume_multiple=True, negative=())
+
+
+def compare_command(
+    recipe: Path | None = None,
+    /,
+    *,
+    answers: Annotated[list[Path] | None, Several] = None,
+    task: Annotated[list[str] | None, Several] = None,
+    models: Annotated[list[str] | None, Several] = None,
+    out: Path | None = None,
+    plan: Annotated[bool, Parameter(negative=())] = False,
+    questions: int | None = None,
+    resolution: float | None = None,
+    discordance: Annotated[list[float] | None, Several] = None,
+    tokens_per_s: float | None = None,
+    fields: Fields = None,
+    json: bool = False,
+) -> int:
+    """Compare base and tuned of a trained run on unseen questions; or answers made elsewhere; or plan a comparison.
+
+    Parameters
+    ----------
+    recipe
+        YAML file of a trained run; left out with --answers and --plan.
+    answers
+        Answers made elsewhere (.jsonl, .jsonl.gz): base and tuned of each task in turn, or a file with both.
+    task
+        What they answer: medqa, medmcqa, mmlu-pro-health, medxpertqa, pubmedqa, or a questions file.
+    models
+        Base and tuned, where the answers' files hold several models.
+    out
+        Folder for answers.jsonl, stats.json, report.html and report.md.
+    plan
+        Say what so many questions of each task can show; asks nobody anything.
+    questions
+        With --plan: how many questions [default: the public set].
+    resolution
+        With --plan: the difference in points that is to be seen.
+    discordance
+        With --plan: share of questions on which only one side is right, low and high [default: 0.15 0.25].
+    tokens_per_s
+        With --plan: speed measured on the machine in question; without it no minutes are given.
+    json
+        Print the result as one JSON object.
+    """
+    from deepdoctor.errors import UsageError
+
+    if (recipe is not None) + bool(answers) + plan != 1:
+        raise UsageError(
+            "compare takes one of three: a RECIPE, --answers, or --plan",
+            "`deepdoctor compare RECIPE`, `deepdoctor compare --answers BASE TUNED --task NAME`, "
+            "`deepdoctor compare --plan --task NAME`",
+        )
+    foreign = {
+        "--task": task and recipe is not None, "--models": models and not answers, "--out": out and not answers,
+        "--questions": questions is not None and not plan, "--resolution": resolution is not None and not plan,
+        "--discordance": discordance and not plan, "--tokens-per-s": tokens_per_s is not None and not plan,
+        "recipe fields": fields is not None and recipe is None,
+    }  # fmt: skip
+    if misplaced := [name for name, given in foreign.items() if given]:
+        kind = "a RECIPE" if recipe is not None else "--plan" if plan else "--answers"
+        raise UsageError(f"{misplaced[0]} does not go with {kind}", "`deepdoctor compare --help` says what does")
+    if recipe is not None:
+        return _stages(_recipe(recipe, fields), ("compare",), True, json)
+    if plan:
+        from deepdoctor.compare.power import ASSUMED_DISCORDANCE, plan_tasks, print_plans
+
+        points = None if resolution is None else resolution / 100
+        plans = plan_tasks(task or (), questions, points, discordance or ASSUMED_DISCORDANCE, tokens_per_s)
+        print_plans(plans, json)
+        return 0
+    from deepdoctor.compare.outside_result import compare_outside, print_outside, write_outside
+
+    result = compare_outside(answers or (), task or (), models or ())
+    if out is not None:
+        write_outside(out, result)
+    print_outside(result, out, json)
+    return 0
 
 
 def export_command(recipe: Path, /, *, fields: Fields = None, json: bool = False) -> int:
@@ -258,7 +338,6 @@ def ask_command(
     json
         Print the answer records as JSON lines.
     """
-    from deepdoctor.cpu import prepare_cpu
     from deepdoctor.errors import RunError, UsageError
 
     sides = {"both": ("base", "tuned"), "base": ("base",), "tuned": ("tuned",)}.get(side)
@@ -275,6 +354,18 @@ def ask_command(
                 "there is no trained run under runs/", "give one with `--run FOLDER`, or `deepdoctor run RECIPE`"
             )
         run = found[-1].parent.parent
+    try:
+        return _ask(run, question, sides, max_new_tokens, json)
+    except KeyboardInterrupt:
+        stop = RunError("stopped", "ask again: its answers are not kept, and `--max-new-tokens N` makes them shorter")
+        stop.exit_code = 130
+        raise stop from None
+
+
+def _ask(run: Path, question: str, sides: tuple[str, ...], max_new_tokens: int | None, json: bool) -> int:
+    """Ask and print. Raises KeyboardInterrupt on Ctrl-C, once what was written by then is printed."""
+    from deepdoctor.cpu import prepare_cpu
+
     reporter = _reporter()
     prepare_cpu(reporter.say)
     from deepdoctor.ask import ask, print_answers
@@ -285,12 +376,16 @@ def ask_command(
     recipe = folder.recipe
     if max_new_tokens is not None:
         recipe = load_recipe(recipe, {"ask": {"max_new_tokens": max_new_tokens}}, {})
-    records = ask(Session(recipe, folder, reporter), [question], sides)
+    console = Console()
+    session = Session(recipe, folder, reporter)
+    records = ask(session, [question], sides, None if json else console, stoppable=True)
     if json:
         for record in records:
             print(jsonlib.dumps(record, ensure_ascii=False))
     else:
-        print_answers(records, Console())
+        print_answers(records, console)
+    if any(record.get("stopped") for record in records):
+        raise KeyboardInterrupt
     return 0
 
 

@@ -17,6 +17,9 @@ Steps 4 and 5 do not read a looping text: it names an option in passing, and sto
 After an announcement ("answer is") an option's full text does as well as its letter and goes before it: "Answer:
 E. coli" is the option called E. coli. "A" and "I" before a lower-case word are article and pronoun. "not B", "the wrong
 answer is B" and letters that are not on offer are no statements; "B and C" or "B or C" as the last one is unreadable.
+
+A second rule, ``read_letter_lax``, reads at any price. It never decides a verdict: a report shows what the difference
+would be under it, for where the two disagree the difference is one of form.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["RULE_VERSION", "Reading", "read_letter", "repeats", "split_thinking"]
+__all__ = ["LAX_RULE_VERSION", "RULE_VERSION", "Reading", "read_letter", "read_letter_lax", "repeats", "split_thinking"]
 
 RULE_VERSION = "letter-1"
+LAX_RULE_VERSION = "letter-lax-1"
 OPEN, CLOSE = "<think>", "</think>"
 
 
@@ -136,6 +140,16 @@ def read_letter(answer: str, letters: str | Iterable[str], options: Mapping[str,
     return _Reader(on_offer, options or {}).read(answer) if on_offer else None
 
 
+def read_letter_lax(text: str, letters: str | Iterable[str], options: Mapping[str, str] | None = None) -> str | None:
+    """Return the letter of ``read_letter``, or else the last letter on offer that stands alone anywhere in the text.
+
+    text: the answer, or where that is empty the whole output, thinking included. letters, options: as in read_letter.
+    Loops, hedges and denials are read too. LAX_RULE_VERSION names the rule; it is for sensitivity only.
+    """
+    on_offer = "".join(letters)
+    return _Reader(on_offer, options or {}).read_lax(text) if on_offer else None
+
+
 def _plain(text: str) -> str:
     """Take off emphasis, quotes and LaTeX wrappers, keep lines: ``**$\\text{B}$**`` -> ``B``."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}]*)\}", r"\1", text)
@@ -172,6 +186,7 @@ class _Reader:
             rf"^[ \t]*(?:[-•][ \t]*)?(?:[(\[]\s*({upper})\s*[)\]]|({upper})(?=[).:,]|[ \t]*$|[ \t]+[-–—]))",
             re.MULTILINE,
         )
+        self.alone = re.compile(rf"(?<![\w'-])({upper})(?![\w'-])")
         self.named = re.compile(rf"(?:(?i:\b{_NOUN})\s+[(\[]?|[(\[])({upper})(?![\w'-])")
 
     def read(self, answer: str) -> str | None:
@@ -185,6 +200,16 @@ class _Reader:
             if found is not None:
                 return found or None
         return None
+
+    def read_lax(self, answer: str) -> str | None:
+        """The rule's letter, or the last one that stands alone before the text runs on."""
+        found = self.read(answer)
+        if found:
+            return found
+        cut = _RUN_ON.search(answer.strip())
+        text = _plain(answer.strip()[: cut.start()] if cut else answer)
+        alone = [m for m in self.alone.finditer(text) if self._meant(m.group(1), text[m.end() :])]
+        return alone[-1].group(1) if alone else None
 
     def _final(self, text: str) -> str | None:
         """Step 2. A letter, "" where two are named at once, None where no final statement stands."""

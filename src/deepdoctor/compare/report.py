@@ -5,8 +5,8 @@ Everything reported is computed from the answer records, so anybody with ``answe
 An answer record, one per question and side::
 
     task, id, side ("base" | "tuned"), question, text, thinking, answer    texts; thinking None where there is no block
-    prompt_tokens, new_tokens, thinking_tokens, answer_tokens              counts
-    cut_off, well_formed, looping                                          bools
+    prompt_tokens, new_tokens, thinking_tokens, answer_tokens              counts, None where not known
+    cut_off, well_formed, looping                                          bools, None where not known
     options, key, letter, correct       of questions with a key: letter -> text, letter, letter read or None, bool
     group                               name shared by copies of one question, or None
 
@@ -17,7 +17,9 @@ The result (``schema`` 1; ``stats.json`` is this without ``answers``)::
     train.curve         [{step, loss, learning_rate, grad_norm}]      train.held_out_curve   [{step, loss}]
     loss                {"reasoning" | "answer" | "all": {base, tuned, difference, ci_low, ci_high, n_rows, n_tokens,
                         base_perplexity, tuned_perplexity, verdict}}, nats per token, tuned minus base
-    tasks               [as summarise_task returns]
+    tasks               [as summarise_task returns; of several tasks accuracy may hold p_holm, of a harm check harm]
+    pooled              PairedDifference over several tasks' questions, with verdict, tasks, heterogeneity (optional)
+    repeat_note         sentence under the command (optional)
     answers             [records]
     limits              sentences
 """
@@ -62,23 +64,23 @@ def summarise_side(records: Sequence[Record]) -> dict[str, Any]:
 
     records: answers of one side to one task. Returns n; well_formed, cut_off, looping, empty with their ``_share``
     (None where n is 0) and the Wilson interval ``well_formed_ci``; unreadable (None where no question has a key);
-    thinking_tokens, answer_tokens, new_tokens as {mean, p50, p90, max}.
+    thinking_tokens, answer_tokens, new_tokens as {mean, p50, p90, max}. What no record knows is None.
     """
     n = len(records)
     keyed = [r for r in records if r.get("key") is not None]
-    counts = {
-        "well_formed": sum(bool(r["well_formed"]) for r in records),
-        "cut_off": sum(bool(r["cut_off"]) for r in records),
-        "looping": sum(bool(r["looping"]) for r in records),
-        "empty": sum(not (r["answer"] or "").strip() for r in records),
+    counts: dict[str, int | None] = {
+        name: sum(bool(r[name]) for r in records) if not n or any(r[name] is not None for r in records) else None
+        for name in ("well_formed", "cut_off", "looping")
     }
+    counts["empty"] = sum(not (r["answer"] or "").strip() for r in records)
     summary: dict[str, Any] = {"n": n, **counts}
-    summary |= {f"{name}_share": count / n if n else None for name, count in counts.items()}
-    summary["well_formed_ci"] = list(proportion_interval(counts["well_formed"], n))
+    summary |= {f"{name}_share": None if not n or count is None else count / n for name, count in counts.items()}
+    formed = counts["well_formed"]
+    summary["well_formed_ci"] = None if formed is None else list(proportion_interval(formed, n))
     summary["unreadable"] = sum(r["letter"] is None for r in keyed) if keyed else None
     summary["unreadable_share"] = summary["unreadable"] / len(keyed) if keyed else None
     for field in ("thinking_tokens", "answer_tokens", "new_tokens"):
-        summary[field] = _length(r[field] or 0 for r in records)
+        summary[field] = _length(r[field] for r in records if r[field] is not None)
     return summary
 
 
@@ -107,7 +109,8 @@ def summarise_task(records: Sequence[Record]) -> dict[str, Any]:
     """Compare both sides on one task, from the records alone.
 
     Returns task, kind ("mcq" where the questions have keys, else "open"), n; base and tuned (summarise_side); form
-    (PairedDifference of the well-formed share, with verdict); length (PairedMean of new_tokens). For mcq also accuracy
+    (PairedDifference of the well-formed share, with verdict); length (PairedMean of new_tokens); either is None where a
+    record does not know it. For mcq also accuracy
     (PairedDifference with verdict, base_ci and tuned_ci by Wilson), chance, majority_letter, discordance, detectable.
     Unreadable answers are wrong. ``group`` joins copies of a question into one cluster.
     Raises DataError for no records, several tasks, a question without both sides, or keys on some questions only.
@@ -122,14 +125,17 @@ def summarise_task(records: Sequence[Record]) -> dict[str, Any]:
         raise DataError(f"task {tasks[0]}: some questions have a key and some have none", "split it into two tasks")
     groups = [b.get("group") for b in base]
     clusters = groups if any(g is not None for g in groups) else None
-    form = paired_difference([b["well_formed"] for b in base], [t["well_formed"] for t in tuned], clusters)
-    length = paired_mean([b["new_tokens"] for b in base], [t["new_tokens"] for t in tuned], clusters)
+    form = length = None
+    if all(r["well_formed"] is not None for r in (*base, *tuned)):
+        form = paired_difference([b["well_formed"] for b in base], [t["well_formed"] for t in tuned], clusters)
+    if all(r["new_tokens"] is not None for r in (*base, *tuned)):
+        length = paired_mean([b["new_tokens"] for b in base], [t["new_tokens"] for t in tuned], clusters)
     summary: dict[str, Any] = {"task": tasks[0], "kind": "mcq" if keys.pop() else "open", "n": len(pairs)}
     if summary["kind"] == "mcq":
         summary |= _accuracy(base, tuned, clusters)
     return summary | {
-        "form": asdict(form) | {"verdict": verdict(form.ci_low, form.ci_high, p_value=form.p_value)},
-        "length": asdict(length),
+        "form": form and asdict(form) | {"verdict": verdict(form.ci_low, form.ci_high, p_value=form.p_value)},
+        "length": length and asdict(length),
         "base": summarise_side(base),
         "tuned": summarise_side(tuned),
     }
@@ -184,6 +190,7 @@ def write_report(folder: Path, result: Mapping[str, Any]) -> None:
     )
     environment.filters["md"] = lambda text: Markup(markdown_escape(text))
     view = report_view(result)
+    words = TEXT | {"repeat_note": result.get("repeat_note") or TEXT["repeat_note"]}
     train = result.get("train") or {}
     panels = forest_panels(result)
     charts = {
@@ -195,7 +202,7 @@ def write_report(folder: Path, result: Mapping[str, Any]) -> None:
         else None,
     }
     for name in ("report.html", "report.md"):
-        page = environment.get_template(f"{name}.j2").render(view=view, t=TEXT, charts=charts)
+        page = environment.get_template(f"{name}.j2").render(view=view, t=words, charts=charts)
         partial = folder / f".{name}.partial"
         partial.write_text(page, encoding="utf-8", errors="replace", newline="\n")
         os.replace(partial, folder / name)

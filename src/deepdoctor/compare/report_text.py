@@ -33,6 +33,12 @@ TEXT: dict[str, Any] = {
     "nothing": "Nothing was measured that could be compared.",
     "how_called": "Better or worse is said only when the 95\u00a0% interval leaves out zero and, for shares, the exact "
     "test gives p\u00a0<\u00a00.05. Otherwise one cannot tell. Every difference is tuned minus base.",
+    "pooled": "all tasks together",
+    "harm": {
+        "ruled out": "a loss beyond it is ruled out",
+        "harm": "tuned lost more than it",
+        "cannot tell": "a loss beyond it cannot be ruled out",
+    },
     "loss_note": "Lower is better. A lower loss means that tuned expects the held-out text more; it does not show that "
     "more of its answers are right.",
     "form_note": "Well-formed: one think block, opened at the start, closed, and followed by an answer. Form says "

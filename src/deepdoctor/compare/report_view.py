@@ -64,9 +64,13 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     parts = _parts(result)
     shown = [(name, part) for name, part in parts if name != "all" or len(parts) == 1]
     tiles = [
-        {"title": TEXT["accuracy"], "note": "", "entries": [_accuracy_entry(t) for t in tasks if t["kind"] == "mcq"]},
+        {"title": TEXT["accuracy"], "note": "", "entries": _accuracy_entries(tasks, result.get("pooled"))},
         {"title": TEXT["loss"], "note": TEXT["loss_note"], "entries": [_loss_entry(*part) for part in shown]},
-        {"title": TEXT["form"], "note": TEXT["form_note"], "entries": [_form_entry(task) for task in tasks]},
+        {
+            "title": TEXT["form"],
+            "note": TEXT["form_note"],
+            "entries": [_form_entry(task) for task in tasks if task["form"]],
+        },
     ]
     return [tile for tile in tiles if tile["entries"]]
 
@@ -76,6 +80,42 @@ def _share_difference(found: Mapping[str, Any]) -> str:
     return f"Difference {points(found['difference'])} points, 95\u00a0% interval {bounds}, {p_value(found['p_value'])}."
 
 
+def _accuracy_entries(tasks: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """An entry per task with a key, and one for all of them together where they were pooled."""
+    entries = [_accuracy_entry(task) for task in tasks if task["kind"] == "mcq"]
+    if pooled:
+        unlike = pooled["heterogeneity"]
+        note = (
+            f" The tasks' differences are unlike one another ({p_value(unlike)})."
+            if unlike is not None and unlike < 0.05
+            else ""
+        )
+        entries.append(
+            _badge(pooled["verdict"])
+            | {
+                "label": str(TEXT["pooled"]),
+                "figure": f"{percent(pooled['base_mean'])} → {percent(pooled['tuned_mean'])}",
+                "detail": f"{pooled['n']:,} questions of {len(pooled['tasks'])} tasks, each counted once. "
+                f"{_share_difference(pooled)}{note}",
+            }
+        )
+    return entries
+
+
+def _beside(task: Mapping[str, Any]) -> str:
+    """What stands beside the difference: p adjusted for several tasks, the harm check, the lax reading rule."""
+    found, harm, lax = task["accuracy"], task.get("harm"), task.get("lax")
+    text = ""
+    if found.get("p_holm") is not None:
+        text += f" Adjusted for {found['holm_tasks']} tasks (Holm): {p_value(found['p_holm'])}."
+    if harm:
+        text += f" Margin of harm {100 * harm['margin']:g} points: {TEXT['harm'][harm['verdict']]}."
+    if lax:
+        bounds = interval(lax["ci_low"], lax["ci_high"], points)
+        text += f" Reading letters at any price: {points(lax['difference'])} points ({bounds}): {lax['verdict']}."
+    return text
+
+
 def _accuracy_entry(task: Mapping[str, Any]) -> dict[str, str]:
     found, n = task["accuracy"], task["n"]
     right = f"{round(found['base_mean'] * n)} → {round(found['tuned_mean'] * n)} of {n} questions"
@@ -83,7 +123,7 @@ def _accuracy_entry(task: Mapping[str, Any]) -> dict[str, str]:
     return _badge(found["verdict"]) | {
         "label": task_name(task["task"]),
         "figure": f"{percent(found['base_mean'])} → {percent(found['tuned_mean'])}",
-        "detail": f"{right}{copies}. {_share_difference(found)} {_above_guessing(task)}",
+        "detail": f"{right}{copies}. {_share_difference(found)}{_beside(task)} {_above_guessing(task)}",
     }
 
 
@@ -144,17 +184,20 @@ def _side_tables(tasks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     tables = []
     for task in tasks:
         sides = (task["base"], task["tuned"])
-        rows = [("well-formed (95\u00a0% interval)", *(_share_ci(side) for side in sides))]
+        rows = []
+        if sides[0]["well_formed_ci"] and sides[1]["well_formed_ci"]:
+            rows.append(("well-formed (95\u00a0% interval)", *(_share_ci(side) for side in sides)))
         for field, label in (
             ("cut_off", "cut off"),
             ("unreadable", "unreadable"),
             ("looping", "looping"),
             ("empty", "empty"),
         ):
-            if sides[0][field] is not None:
+            if sides[0][field] is not None and sides[1][field] is not None:
                 rows.append((label, *(f"{side[field]} ({percent(side[f'{field}_share'])})" for side in sides)))
         for field, label in (("thinking_tokens", "thinking tokens"), ("answer_tokens", "answer tokens")):
-            rows.append((f"{label}: mean / median / p90 / max", *(_spread(side[field]) for side in sides)))
+            if any(side[field]["mean"] is not None for side in sides) or not task["n"]:
+                rows.append((f"{label}: mean / median / p90 / max", *(_spread(side[field]) for side in sides)))
         length = task.get("length") or {}
         if length.get("difference") is not None:
             bounds = interval(length["ci_low"], length["ci_high"], tokens_difference)
@@ -263,12 +306,12 @@ def _side(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
             ("right" if record["correct"] else "wrong", read if letter else f"unreadable (key {record['key']})")
         )
     marks += [("flaw", text) for field, text in (("cut_off", "cut off"), ("looping", "looping")) if record[field]]
-    if not record["well_formed"]:
+    if record["well_formed"] is False:
         marks.append(("flaw", "not well-formed"))
     return {
         "name": name,
         "marks": [{"css": css, "text": clean(text)} for css, text in marks],
-        "tokens": f"{record['new_tokens']:,} tokens",
+        "tokens": f"{record['new_tokens']:,} tokens" if record["new_tokens"] is not None else "length not known",
         "thinking_tokens": f"{record['thinking_tokens'] or 0:,} tokens",
         "thinking": None if record["thinking"] is None else _short(record["thinking"]),
         "answer": _short(record["answer"]),
@@ -303,7 +346,10 @@ def report_view(result: Mapping[str, Any]) -> dict[str, Any]:
     model, protocol, run = result.get("model") or {}, result.get("protocol") or {}, str(result.get("run") or "run")
     verdicts = sum(len(tile["entries"]) for tile in tiles)
     limits = [clean(str(sentence)) for sentence in result.get("limits") or [] if sentence != TEXT["research"]]
-    if verdicts > 1:
+    adjusted = any(task.get("accuracy") and task["accuracy"].get("p_holm") is not None for task in tasks)
+    if verdicts > 1 and adjusted:
+        limits.append("Verdicts on right answers are adjusted for the number of tasks (Holm); other verdicts are not.")
+    elif verdicts > 1:
         limits.append(
             f"This page states {verdicts} verdicts, each at the 5 % level; they are not adjusted for their number."
         )

@@ -1,0 +1,24 @@
+"""PubMedQA PQA-L, official test split, yes / no / maybe: a harm check, for it hardly separates models."""
+
+from __future__ import annotations
+
+from deepdoctor.compare.tasks.task import Task
+
+__all__ = ["TASK"]
+
+TASK = Task(
+    name="pubmedqa",
+    version="1",
+    source="PubMedQA PQA-L, official test split (pubmedqa/pubmedqa; Jin et al. 2019, arXiv 1909.06146)",
+    licence="MIT",
+    file="pubmedqa-pqal-test.jsonl",
+    protocol="abstract without its conclusion, question, yes / no / maybe as A / B / C; reasoning, then one letter",
+    options=(3, 3),
+    questions=500,
+    distinct=500,
+    harm_margin=0.05,  # 500 questions at a discordance of 11 to 16 % can rule out a loss of 4 to 5 points
+    traps=(
+        "pubmedqa: ten models from GPT-4o-mini to DeepSeek-R1 lie between 73.6 and 79.6 %, and always answering yes "
+        "scores 55 %; it is used to look for harm only.",
+    ),
+)
