@@ -115,9 +115,12 @@ def write_results(what: str, gpu: str, out: str | None, values: dict[str, Any]) 
     """Write ``benchmarks/results/<what>_<gpu>_<date>.json`` (or ``out``) and return its path."""
     path = Path(out) if out else result_path(what, gpu)
     # Given from outside where the sources came without their history, or with another's.
-    commit = os.environ.get("BENCH_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        os.environ.get("BENCH_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     head = {"what": what, "gpu": gpu, "date": time.strftime("%Y-%m-%d"), "commit": commit, "versions": _versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, **values}, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ DeepDoctorError              exit code 1
 ├── RunError                 a run folder, checkpoint or disk that does not fit the request
 ├── TrainingError            a non-finite loss, a device that is not there
 ├── ParityError              an export that does not answer as its source did
+├── CacheFull                no room for keys and values; the scheduler makes some
 ├── KernelInputError         a tensor whose shape, dtype, device or layout an op refuses
 └── MissingExtraError        an optional package is needed; the message carries its install line
 """
@@ -17,6 +18,7 @@ DeepDoctorError              exit code 1
 from __future__ import annotations
 
 __all__ = [
+    "CacheFull",
     "DataError",
     "DeepDoctorError",
     "HubError",
@@ -85,6 +87,10 @@ class TrainingError(DeepDoctorError):
 
 class ParityError(DeepDoctorError):
     """An export does not give the logits of what it was made from."""
+
+
+class CacheFull(DeepDoctorError):
+    """More blocks of keys and values are needed than are free; nothing was changed. To go on, remove a slot."""
 
 
 class KernelInputError(DeepDoctorError, ValueError):

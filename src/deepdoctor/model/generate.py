@@ -13,13 +13,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from deepdoctor.errors import UsageError
+from deepdoctor.errors import CacheFull, UsageError
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder
+from deepdoctor.model.paged_runner import PagedRunner, paged_runner
 from deepdoctor.model.runner import PREFILL_TOKENS, Prompt, SlotRunner, fitting_slots
 from deepdoctor.model.sampling import Sampling, check_sampling, draw, penalise
 
@@ -88,7 +90,9 @@ class Generator:
 
     decoder, adapter: as trained. stop_ids: tokens that end an answer. slots: answers written at once. reduced: allow a
     few slots on a CPU to be decoded from bf16 copies of fp32 weights (twice as fast, and rounded like any bf16 model).
-    words: needed by requests with stop texts or a thinking limit.
+    words: needed by requests with stop texts or a thinking limit. runner: "slots" gives every answer room for the
+    longest one; "paged" gives room as answers grow, and puts the youngest back in the queue where there is none left;
+    "auto" is "slots".
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Generator:
         slots: int = 16,
         reduced: bool = False,
         words: Words | None = None,
+        runner: Literal["auto", "slots", "paged"] = "auto",
     ):
         self.decoder = decoder
         self.adapter = adapter
@@ -106,6 +111,7 @@ class Generator:
         self.slots = slots
         self.reduced = reduced
         self.words = words
+        self.runner = runner
         self._cancelled: set[object] = set()
 
     def cancel(self, key: object) -> None:
@@ -127,21 +133,31 @@ class Generator:
         if not requests:
             return
         positions = max(len(r.prompt_ids) + r.sampling.max_new_tokens for r in requests)
-        slots = fitting_slots(self.decoder, min(self.slots, len(requests)), positions)
-        if slots < min(self.slots, len(requests)):
-            log.info("%d answers at once instead of %d: the GPU has memory for no more", slots, self.slots)
-        runner = SlotRunner(self.decoder, self.adapter, slots, positions, self.reduced)
+        slots = min(self.slots, len(requests))
+        runner: SlotRunner | PagedRunner
+        if self.runner == "paged":
+            runner = paged_runner(self.decoder, self.adapter, slots, positions)
+        else:
+            slots = fitting_slots(self.decoder, slots, positions)
+            if slots < min(self.slots, len(requests)):
+                log.info("%d answers at once instead of %d: the GPU has memory for no more", slots, self.slots)
+            runner = SlotRunner(self.decoder, self.adapter, slots, positions, self.reduced)
         seen = torch.zeros(slots, self.decoder.config.vocab_size, dtype=torch.bool, device=self.decoder.device)
         waiting = [_Answer(request, self.words is not None) for request in reversed(requests)]
         active: list[_Answer] = []
         last: list[int] = []
         while active or waiting:
             yield from self._dropped(waiting)
+            fresh: list[_Answer] = []
             if waiting and len(active) < slots:
-                # After a prefill only the fresh slots have a new token.
-                drawn_from = len(active)
                 fresh = self._next(waiting, slots - len(active))
                 logits = runner.add([answer.prompt for answer in fresh])
+                # Where the cache had no room for the last of them, they wait.
+                waiting += reversed(fresh[len(logits) :])
+                del fresh[len(logits) :]
+            # After a prefill only the fresh slots have a new token.
+            drawn_from = len(active) if fresh else 0
+            if fresh:
                 for number, answer in enumerate(fresh, drawn_from):
                     seen[number] = False
                     seen[number, torch.tensor(answer.prompt.ids, device=seen.device)] = True
@@ -150,17 +166,12 @@ class Generator:
             elif not active:
                 return
             else:
-                drawn_from = 0
-                last = self._draw(runner.decode(last), active, seen[: len(active)])
+                logits = self._decode(runner, active, last, seen, waiting)
+                last = self._draw(logits, active, seen[: len(active)])
             ended = [i for i in range(drawn_from, len(active)) if self._take(active[i], last[i], runner, i, on_token)]
             for index in reversed(ended):
                 yield active[index].completion
-                end = runner.remove(index)
-                if index != end:
-                    seen[index] = seen[end]
-                    active[index], last[index] = active[end], last[end]
-                active.pop()
-                last.pop()
+                self._remove(index, runner, active, last, seen)
 
     def _check(self, requests: Sequence[Request]) -> None:
         limit = self.decoder.config.max_position_embeddings
@@ -200,6 +211,42 @@ class Generator:
             fresh.append(waiting.pop())
         return fresh
 
+    def _decode(
+        self,
+        runner: SlotRunner | PagedRunner,
+        active: list[_Answer],
+        last: list[int],
+        seen: Tensor,
+        waiting: list[_Answer],
+    ) -> Tensor:
+        """Logits (n, V) after the last tokens; where a paged cache is full, answers go back to the head of the queue.
+
+        Those with the fewest tokens go. What such an answer has becomes part of its prompt, so it goes on as it was.
+        """
+        while True:
+            try:
+                return runner.decode(last)
+            except CacheFull as full:
+                log.info("%s: one goes back to the queue", full)
+                index = min(range(len(active)), key=lambda number: (len(active[number].completion.ids), -number))
+                answer = active[index]
+                request = answer.completion.request
+                answer.prompt = Prompt((*request.prompt_ids, *answer.completion.ids), request.tuned)
+                waiting.append(answer)
+                self._remove(index, runner, active, last, seen)
+
+    @staticmethod
+    def _remove(
+        index: int, runner: SlotRunner | PagedRunner, active: list[_Answer], last: list[int], seen: Tensor
+    ) -> None:
+        """Take an answer out of its slot; the last one takes its number."""
+        end = runner.remove(index)
+        if index != end:
+            seen[index] = seen[end]
+            active[index], last[index] = active[end], last[end]
+        active.pop()
+        last.pop()
+
     def _draw(self, logits: Tensor, answers: Sequence[_Answer], seen: Tensor) -> list[int]:
         """Choose the next token of each row of logits (n, V), and mark it in seen (n, V)."""
         logits = logits.float()
@@ -223,7 +270,7 @@ class Generator:
         self,
         answer: _Answer,
         token: int,
-        runner: SlotRunner,
+        runner: SlotRunner | PagedRunner,
         slot: int,
         on_token: Callable[[Request, int], None] | None,
     ) -> bool:

@@ -1,0 +1,128 @@
+"""Keys and values in blocks of 64 positions: who holds which block, what is in them, and how many there can be.
+
+A slot holds as many blocks as its positions fill, so a short answer takes no memory that a long one could use, and
+equal prompts hold the same blocks. The blocks of a layer are what ``kernels/paged_attention.py`` reads.
+
+K key heads, H head dim, V vocabulary. Paging: Kwon et al. 2023 (arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepdoctor.errors import CacheFull
+from deepdoctor.kernels.attention import attend_packed
+from deepdoctor.kernels.nf4_thin import THIN_ROWS
+from deepdoctor.model.decoder import Attend, Decoder, DecoderLayer
+from deepdoctor.model.load import free_memory
+from deepdoctor.model.runner import PREFILL_TOKENS
+
+__all__ = ["BLOCK", "BlockPool", "PagedCache", "blocks_of", "fitting_blocks"]
+
+BLOCK = 64
+"""Positions of a block."""
+GRAPH_BYTES = 256 << 20
+"""Left free for what CUDA graphs and cuBLAS take for themselves."""
+
+
+def blocks_of(positions: int) -> int:
+    """How many blocks hold so many positions."""
+    return -(-positions // BLOCK)
+
+
+class BlockPool:
+    """The numbers 0 to blocks - 1, each held by no slot, by one, or by several."""
+
+    def __init__(self, blocks: int):
+        self._free = list(range(blocks - 1, -1, -1))
+        self._holders = [0] * blocks
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Return ``count`` free blocks, now held once. Raises CacheFull where there are fewer."""
+        if count > self.free:
+            raise CacheFull(f"{count} more blocks of keys and values are needed, {self.free} are free")
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._holders[block] = 1
+        return taken
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Have blocks that are held held once more."""
+        for block in blocks:
+            assert self._holders[block]
+            self._holders[block] += 1
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Let go of blocks; those that nobody else holds are free again."""
+        for block in blocks:
+            assert self._holders[block]
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
+
+
+class PagedCache:
+    """Keys and values of every layer, kv (layers, 2, blocks, K, 64, H) in the compute dtype."""
+
+    def __init__(self, decoder: Decoder, blocks: int):
+        config = decoder.config
+        self.key_heads = config.num_kv_heads
+        shape = (config.num_layers, 2, blocks, config.num_kv_heads, BLOCK, config.head_dim)
+        self.kv = torch.empty(shape, dtype=decoder.compute_dtype, device=decoder.device)
+
+    def prefill(self, blocks: Sequence[Sequence[int]], row_lengths: Sequence[int]) -> Attend:
+        """Attention of whole prompts, which also fills the blocks of each."""
+        rows = zip(blocks, row_lengths, strict=True)
+        of_token = [torch.tensor(held).repeat_interleave(BLOCK)[:length] for held, length in rows]
+        into = torch.cat(of_token).to(self.kv.device)
+        places = torch.cat([torch.arange(length) % BLOCK for length in row_lengths]).to(self.kv.device)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            k, v = qkv[:, -2 * self.key_heads :].split(self.key_heads, dim=1)
+            self.kv[layer, 0][into, :, places] = k
+            self.kv[layer, 1][into, :, places] = v
+            return attend_packed(qkv, self.key_heads, row_lengths)
+
+        return attend
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks of every layer over others."""
+        if sources:
+            device = self.kv.device
+            copied = self.kv.index_select(2, torch.tensor(sources, device=device))
+            self.kv.index_copy_(2, torch.tensor(targets, device=device), copied)
+
+
+def fitting_blocks(decoder: Decoder, slots: int, positions: int, keep_dense: bool = False) -> int:
+    """As many blocks as the GPU has memory for beside a prefill and a step; on a CPU, as many as the slots can fill.
+
+    At least those of one slot, at most those of all. positions: of a slot. keep_dense: dequantised weights are kept.
+    """
+    config, element = decoder.config, decoder.compute_dtype.itemsize
+    one = blocks_of(min(positions, config.max_position_embeddings))
+    if decoder.device.type != "cuda":
+        return slots * one
+    block = 2 * config.num_layers * config.num_kv_heads * BLOCK * config.head_dim * element
+    prefill = 4 * PREFILL_TOKENS * (3 * config.intermediate_size + 4 * config.hidden_size) * element
+    # Logits, their fp32 copies with and without a penalty, and which tokens were seen.
+    step = slots * config.vocab_size * (element + 13)
+    step += slots * (3 * config.intermediate_size + 8 * config.hidden_size) * element
+    free = free_memory(decoder.device) - prefill - step - _dense_bytes(decoder, slots, keep_dense) - GRAPH_BYTES
+    return min(slots * one, max(one, free // block))
+
+
+def _dense_bytes(decoder: Decoder, slots: int, keep_dense: bool) -> int:
+    """Bytes of the weights that are dequantised for many slots: all, or the largest."""
+    sizes = [0]
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        sizes += [sum(linear.sizes) * linear.in_features for linear in layer.linears if linear.parts is not None]
+    return (sum(sizes) if keep_dense else max(sizes)) * decoder.compute_dtype.itemsize if slots > THIN_ROWS else 0

@@ -1,0 +1,202 @@
+"""Slots over a paged cache, for answering on a GPU: what ``runner.SlotRunner`` does, with its members.
+
+A slot takes blocks as it grows and gives them back when it is removed, so as many slots are in use as their answers
+leave room for, rather than as their limits would. Prompts run through the decoder, tokens through ``PagedStep``. Equal
+prompts of one side share the blocks that they fill, and are computed once; a block that is filled in part is copied.
+
+On a CPU everything runs in PyTorch, which serves the tests. V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepdoctor.errors import CacheFull
+from deepdoctor.kernels.nf4_thin import THIN_ROWS
+from deepdoctor.model.adapter import Adapter, RowSwitch
+from deepdoctor.model.block_pool import BLOCK, BlockPool, PagedCache, blocks_of, fitting_blocks
+from deepdoctor.model.decoder import Decoder
+from deepdoctor.model.paged_step import PagedStep
+from deepdoctor.model.runner import PREFILL_TOKENS, Prompt
+
+log = logging.getLogger(__name__)
+
+__all__ = ["PagedRunner", "paged_runner"]
+
+
+@dataclass(slots=True)
+class _Slot:
+    prompt: Prompt
+    length: int
+    """Positions filled in the cache."""
+    logits: Tensor
+    """After the prompt, (V,): another slot may start from the same one."""
+    blocks: list[int]
+
+
+class PagedRunner:
+    """Base and adapter over a fixed number of slots and of blocks.
+
+    slots: most in use. positions: most of a slot. blocks: of the cache, at least one slot's; None: all that the slots
+    can fill. keep_dense: keep dequantised weights for more than 32 slots, rather than make them anew at each step.
+    graphs: replay CUDA graphs where there is a GPU.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter | None,
+        slots: int,
+        positions: int,
+        blocks: int | None = None,
+        *,
+        keep_dense: bool = False,
+        graphs: bool = True,
+    ):
+        self.decoder = decoder
+        positions = min(positions, decoder.config.max_position_embeddings)
+        self.width = blocks_of(positions)
+        """Blocks of a slot that is full."""
+        blocks = slots * self.width if blocks is None else blocks
+        assert blocks >= self.width, f"{blocks} blocks do not hold one slot of {positions} positions"
+        self.pool = BlockPool(blocks)
+        self.cache = PagedCache(decoder, blocks)
+        self.step = PagedStep(decoder, adapter, self.cache, slots, positions, keep_dense, graphs)
+        self.switch = RowSwitch()
+        self.adapters = adapter.prepare(decoder, self.switch) if adapter is not None else None
+        self.slots: list[_Slot] = []
+        self._table = torch.zeros(self.step.block_table.shape, dtype=torch.int32)
+        """Block table as it is to be; it and the mask are brought to the device before a step, where they changed."""
+        self._changed = True
+
+    def length(self, slot: int) -> int:
+        """Positions that a slot has filled."""
+        return self.slots[slot].length
+
+    @torch.inference_mode()
+    def add(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Start the next slots from prompts, in order, as many as there is room for; return the logits (n, V) of those.
+
+        There is room where every slot that can still grow could take one more block. The first slot always has it.
+        """
+        held = {slot.prompt: slot.blocks for slot in self.slots}
+        logits = {slot.prompt: slot.logits for slot in self.slots}
+        started: list[tuple[Prompt, list[int]]] = []
+        fresh: list[Prompt] = []
+        copied: list[tuple[int, int]] = []
+        growing = sum(len(slot.blocks) < self.width for slot in self.slots)
+        for prompt in prompts:
+            whole, part = divmod(len(prompt.ids), BLOCK)
+            source = held.get(prompt)
+            shared = source[:whole] if source else []
+            needed = blocks_of(len(prompt.ids)) - len(shared)
+            growing += whole + bool(part) < self.width
+            if needed + growing > self.pool.free and (self.slots or started):
+                break
+            taken = self.pool.take(needed)
+            self.pool.share(shared)
+            if source is None:
+                fresh.append(prompt)
+                held[prompt] = taken
+            elif part:
+                copied.append((source[whole], taken[0]))
+            started.append((prompt, [*shared, *taken]))
+        for group in _groups(fresh):
+            logits |= zip(group, self._prefill(group, [held[prompt] for prompt in group]), strict=True)
+        self.cache.copy([source for source, _ in copied], [target for _, target in copied])
+        for number, (prompt, blocks) in enumerate(started, len(self.slots)):
+            self.slots.append(_Slot(prompt, len(prompt.ids), logits[prompt], blocks))
+            self._table[number, : len(blocks)] = torch.tensor(blocks)
+            self._changed = True
+        if not started:
+            return self.step.mask.new_empty(0, self.decoder.config.vocab_size)
+        return torch.stack([logits[prompt] for prompt, _ in started])
+
+    def _prefill(self, prompts: Sequence[Prompt], blocks: Sequence[Sequence[int]]) -> Tensor:
+        """Run whole prompts into their blocks; return logits (n, V)."""
+        device = self.decoder.device
+        lengths = [len(prompt.ids) for prompt in prompts]
+        ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=device)
+        places = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        tuned = [prompt.tuned for prompt in prompts]
+        mask = torch.tensor(tuned, dtype=self.decoder.compute_dtype)[:, None]
+        self.switch.mask = None if all(tuned) else mask.repeat_interleave(torch.tensor(lengths), 0).to(device)
+        attend = self.cache.prefill(blocks, lengths)
+        hidden = self.decoder(ids, places, attend, self.adapters if any(tuned) else None)
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return self.decoder.logits(hidden[ends])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Add one token to every slot in use; return the logits (n, V) after it, valid until the next call.
+
+        Raises CacheFull where more slots need a new block than blocks are free; nothing has happened then.
+        """
+        count = len(self.slots)
+        growing = [n for n, slot in enumerate(self.slots) if slot.length == len(slot.blocks) * BLOCK]
+        if len(growing) > self.pool.free:
+            raise CacheFull(
+                f"{len(growing)} of {count} slots need another block of keys and values, {self.pool.free} are free"
+            )
+        for number, block in zip(growing, self.pool.take(len(growing)), strict=True):
+            blocks = self.slots[number].blocks
+            self._table[number, len(blocks)] = block
+            blocks.append(block)
+            self._changed = True
+        idle = self.step.rows - count
+        if self._changed:
+            self.step.block_table.copy_(self._table)
+            self.step.mask.copy_(torch.tensor([[slot.prompt.tuned] for slot in self.slots] + [[False]] * idle))
+            self._changed = False
+        lengths = [slot.length for slot in self.slots]
+        rows = [
+            [*tokens, *[0] * idle],
+            [*lengths, *[-1] * idle],
+            [*(length + 1 for length in lengths), *[0] * idle],
+        ]
+        self.step.inputs.copy_(torch.tensor(rows, dtype=torch.int32))
+        for slot in self.slots:
+            slot.length += 1
+        return self.step(count)
+
+    @torch.inference_mode()
+    def remove(self, number: int) -> int:
+        """Free a slot and its blocks; the last one takes its number. Returns the number the last one had."""
+        last = len(self.slots) - 1
+        self.pool.give_back(self.slots[number].blocks)
+        self.slots[number] = self.slots[last]
+        self._table[number] = self._table[last]
+        self.slots.pop()
+        self._changed = True
+        return last
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Prompts in order, those of a group in one prefill: at most PREFILL_TOKENS, or one prompt."""
+    groups: list[list[Prompt]] = []
+    tokens = 0
+    for prompt in prompts:
+        tokens += len(prompt.ids)
+        if not groups or tokens > PREFILL_TOKENS:
+            groups.append([])
+            tokens = len(prompt.ids)
+        groups[-1].append(prompt)
+    return groups
+
+
+def paged_runner(decoder: Decoder, adapter: Adapter | None, slots: int, positions: int) -> PagedRunner:
+    """A runner with as many blocks as there is memory for, and dequantised weights where that leaves enough blocks."""
+    blocks = fitting_blocks(decoder, slots, positions, keep_dense=True)
+    most = slots * blocks_of(min(positions, decoder.config.max_position_embeddings))
+    keep_dense = blocks == most and slots > THIN_ROWS
+    if not keep_dense:
+        blocks = fitting_blocks(decoder, slots, positions)
+    if blocks < most:
+        log.info("%d blocks of keys and values instead of %d: answers may have to wait for others", blocks, most)
+    return PagedRunner(decoder, adapter, slots, positions, blocks, keep_dense=keep_dense)
