@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from deepdoctor.compare import stage
 from deepdoctor.compare.answers import answer_items
 from deepdoctor.compare.journal import AnswerJournal
 from deepdoctor.compare.stage import compare_sides
+from deepdoctor.compare.stats import holm
 from deepdoctor.data.stage import prepare_data
 from deepdoctor.pipeline import run
 from deepdoctor.recipe import load_recipe
@@ -179,3 +181,17 @@ def test_questions_are_looked_for_in_the_rows(trained: dict[str, Any], tmp_path:
     assert any("1 of 2 questions look like" in sentence for sentence in stats["limits"])
     found = json.loads((folder / "overlap.json").read_text(encoding="utf-8"))
     assert [(q["id"], q["suspect"]) for q in found["results"]] == [("0", True), ("1", False)]
+
+
+def test_several_tasks_are_adjusted(trained: dict[str, Any], tmp_path: Path) -> None:
+    """With two tasks that have keys each verdict rests on Holm's p value; with one there is none."""
+    one, _ = compared(trained, tasks=[TASK], max_questions=3, held_out_questions=0)
+    assert "p_holm" not in one["tasks"][0]["accuracy"]
+    lines = Path(str(resources.files("deepdoctor") / "assets" / "questions.jsonl")).read_text(encoding="utf-8")
+    own = [{**json.loads(line), "task": "own"} for line in lines.splitlines()[:3]]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in own), encoding="utf-8")
+    both, _ = compared(trained, tasks=[TASK, str(path)], max_questions=3, held_out_questions=0)
+    found = [task["accuracy"] for task in both["tasks"]]
+    assert [f["p_holm"] for f in found] == holm([f["p_value"] for f in found])
+    assert {f["holm_tasks"] for f in found} == {2}

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepdoctor.compare.extract import LAX_RULE_VERSION, RULE_VERSION
 from deepdoctor.compare.outside import Answers, PairedTask, find_questions, pair_answers, read_answers
-from deepdoctor.compare.report import SCHEMA, summarise_task, write_report
+from deepdoctor.compare.report import SCHEMA, adjust_tasks, summarise_task, write_report
 from deepdoctor.compare.report_text import interval, p_value, percent, points
 from deepdoctor.compare.stats import (
     PairedDifference,
@@ -25,7 +25,6 @@ from deepdoctor.compare.stats import (
     cluster_robust_interval,
     harm_check,
     heterogeneity,
-    holm,
     mcnemar_exact,
     paired_difference,
     verdict,
@@ -77,7 +76,8 @@ def compare_outside(answers: Sequence[Path], tasks: Sequence[str], models: Seque
             "tuned": _named(tuned),
         }
     summaries = [_summary(pair) for pair in paired]
-    _adjust(paired, summaries)
+    # Harm checks keep their own p values.
+    adjust_tasks([s["accuracy"] for pair, s in zip(paired, summaries, strict=True) if pair.task.harm_margin is None])
     sides = {name: " / ".join(dict.fromkeys(s[name]["model"] for s in sources.values())) for name in ("base", "tuned")}
     words = ["deepdoctor", "compare", "--answers", *map(str, answers), "--task", *tasks]
     return {
@@ -152,19 +152,6 @@ def _summary(pair: PairedTask) -> dict[str, Any]:
     if pair.task.harm_margin is not None:
         summary["harm"] = asdict(harm_check(found, pair.task.harm_margin))
     return summary
-
-
-def _adjust(paired: Sequence[PairedTask], summaries: Sequence[dict[str, Any]]) -> None:
-    """Adjust the p values of several tasks by Holm, and let the verdicts rest on them; harm checks keep their own."""
-    primary = [s["accuracy"] for pair, s in zip(paired, summaries, strict=True) if pair.task.harm_margin is None]
-    if len(primary) < 2:
-        return
-    for found, adjusted in zip(primary, holm([found["p_value"] for found in primary]), strict=True):
-        found |= {
-            "p_holm": adjusted,
-            "holm_tasks": len(primary),
-            "verdict": verdict(found["ci_low"], found["ci_high"], p_value=adjusted),
-        }
 
 
 def _pooled(paired: Sequence[PairedTask]) -> dict[str, Any] | None:

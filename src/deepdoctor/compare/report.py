@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from deepdoctor.compare.stats import (
+    holm,
     minimum_detectable_difference,
     paired_difference,
     paired_mean,
@@ -44,7 +45,7 @@ from deepdoctor.compare.stats import (
 )
 from deepdoctor.errors import DataError, RunError
 
-__all__ = ["SCHEMA", "summarise_side", "summarise_task", "write_report"]
+__all__ = ["SCHEMA", "adjust_tasks", "summarise_side", "summarise_task", "write_report"]
 
 SCHEMA = 1
 Record = Mapping[str, Any]
@@ -139,6 +140,18 @@ def summarise_task(records: Sequence[Record]) -> dict[str, Any]:
         "base": summarise_side(base),
         "tuned": summarise_side(tuned),
     }
+
+
+def adjust_tasks(accuracies: Sequence[dict[str, Any]]) -> None:
+    """Adjust the p values of several tasks' accuracy by Holm, and let the verdicts rest on them; one stays as it is."""
+    if len(accuracies) < 2:
+        return
+    for found, adjusted in zip(accuracies, holm([found["p_value"] for found in accuracies]), strict=True):
+        found |= {
+            "p_holm": adjusted,
+            "holm_tasks": len(accuracies),
+            "verdict": verdict(found["ci_low"], found["ci_high"], p_value=adjusted),
+        }
 
 
 def _accuracy(base: Sequence[Record], tuned: Sequence[Record], clusters: list[Any] | None) -> dict[str, Any]:

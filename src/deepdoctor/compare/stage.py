@@ -13,7 +13,7 @@ from deepdoctor.compare.answers import Item, answer_items, items_of_questions, i
 from deepdoctor.compare.extract import RULE_VERSION
 from deepdoctor.compare.journal import AnswerJournal
 from deepdoctor.compare.loss import compare_losses
-from deepdoctor.compare.report import summarise_task, write_report
+from deepdoctor.compare.report import adjust_tasks, summarise_task, write_report
 from deepdoctor.data.overlap import OverlapReport, find_overlap
 from deepdoctor.data.questions import load_questions
 from deepdoctor.data.rows import Question
@@ -54,7 +54,7 @@ def _overlap(session: Session, data: PreparedData, tasks: Sequence[Sequence[Ques
 
 
 def _summaries(items: Sequence[Item], records: Sequence[dict[str, Any]], overlap: OverlapReport | None) -> list[Any]:
-    """The statistics of each task; with those of the questions that no row looks like, where some do."""
+    """The statistics of each task, p values of several adjusted; also without the questions that look like a row."""
     suspects = overlap.suspects() if overlap is not None else set()
     summaries = []
     for task in dict.fromkeys(item.task for item in items):
@@ -64,6 +64,7 @@ def _summaries(items: Sequence[Item], records: Sequence[dict[str, Any]], overlap
         if clean and len(clean) < len(of_task):
             summary["without_suspects"] = summarise_task(clean)
         summaries.append(summary)
+    adjust_tasks([summary["accuracy"] for summary in summaries if "accuracy" in summary])
     return summaries
 
 
