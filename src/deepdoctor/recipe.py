@@ -112,6 +112,8 @@ class DataSection(Section):
     """Rows whose question needs a picture that is not there."""
     drop: tuple[Doubt, ...] = ()
     """Findings whose rows go too, e.g. ``[near_duplicate, markup]``; all others of these are kept and named."""
+    overlap: Literal["drop", "keep"] = "keep"
+    """Training rows that look like a question of ``compare.tasks``; they are counted in any case."""
     train_on: Literal["reasoning_and_answer", "answer", "all"] = "reasoning_and_answer"
     """Which tokens carry loss; ``all`` adds the prompt."""
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepdoctor.data.check import CheckReport, check_rows
+from deepdoctor.data.overlap import find_overlap
 from deepdoctor.data.prompt import EncodedRow
+from deepdoctor.data.questions import load_questions
+from deepdoctor.data.rows import Row
 from deepdoctor.data.show import show_rows
 from deepdoctor.data.sources import load_rows
 from deepdoctor.data.split import split_rows
 from deepdoctor.data.store import PreparedData, load_prepared, save_prepared
+from deepdoctor.errors import DataError
 from deepdoctor.recipe import Recipe
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 
 __all__ = ["prepare_data", "read_and_check", "short_limits"]
+
+Pair = tuple[Row, EncodedRow]
 
 
 def read_and_check(session: Session, show: int = 0) -> tuple[list, CheckReport]:
@@ -46,11 +53,33 @@ def short_limits(recipe: Recipe, encoded: Sequence[EncodedRow]) -> list[str]:
     ]
 
 
+def _apart_from_questions(session: Session, train: list[Pair], folder: Path) -> list[Pair]:
+    """Search the training rows for the questions of the tasks; return those that are to train.
+
+    Writes ``overlap.json`` where there are questions.
+    """
+    section, data = session.recipe.compare, session.recipe.data
+    questions = [q for s in section.tasks for q in load_questions(s, section.max_questions, session.recipe.seed)]
+    if not questions:
+        return train
+    report = find_overlap([row for row, _ in train], questions)
+    write_json(folder / "overlap.json", report.to_json())
+    suspects = report.suspect_rows()
+    if suspects:
+        done = "left out" if data.overlap == "drop" else "kept; `--data.overlap drop` would leave them out"
+        session.reporter.say(
+            f"data: {len(suspects)} training rows look like one of {len(questions)} questions to be asked (rows "
+            f"{', '.join(map(str, sorted(suspects)[:10]))}{', ...' if len(suspects) > 10 else ''}): {done}"
+        )
+    return [pair for pair in train if pair[0].index not in suspects] if data.overlap == "drop" else train
+
+
 def prepare_data(session: Session, show: int = 0) -> PreparedData:
     """Fill ``data/`` of the run, or read it back where it is complete.
 
-    Writes ``check.json`` (findings, lengths), ``rows.jsonl``, ``tokens.safetensors`` and ``summary.json`` (counts and
-    content hash). Raises DataError where no row is left to train on.
+    Writes ``check.json`` (findings, lengths), ``overlap.json`` (training rows that look like a question of the tasks),
+    ``rows.jsonl``, ``tokens.safetensors`` and ``summary.json`` (counts and content hash). Raises DataError where no row
+    is left to train on.
     """
     run, recipe = session.run, session.recipe
     assert run is not None
@@ -63,6 +92,12 @@ def prepare_data(session: Session, show: int = 0) -> PreparedData:
         by_index = {row.index: encoded for row, encoded in kept}
         train = [(row, by_index[row.index]) for row in train_rows]
         held_out = [(row, by_index[row.index]) for row in held_rows]
+        train = _apart_from_questions(session, train, partial)
+        if not train:
+            raise DataError(
+                "every training row looks like a question of compare.tasks, so none is left to train on",
+                "give other questions or rows, or set `--data.overlap keep`",
+            )
         prepared = save_prepared(partial, train, held_out, session.prompt.fingerprint)
         write_json(partial / "check.json", report.to_json())
         summary = {
@@ -70,7 +105,7 @@ def prepare_data(session: Session, show: int = 0) -> PreparedData:
             "train": len(train),
             "held_out": len(held_out),
             "read": report.rows_read,
-            "dropped": report.rows_read - report.rows_kept,
+            "dropped": report.rows_read - report.rows_kept + len(train_rows) - len(train),
             "content_hash": prepared.content_hash,
             "template": session.prompt.name,
             "prompt_fingerprint": session.prompt.fingerprint,
