@@ -205,8 +205,13 @@ def test_ctrl_c_is_not_caught_for_a_run(monkeypatch: pytest.MonkeyPatch, session
     """Where the questions are part of a run, Ctrl-C ends the run as everywhere."""
     script(monkeypatch, session, TEXTS)
     at_token(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        ask(session, [QUESTION], SIDES)
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(session, [QUESTION], SIDES)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def at_token(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
