@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"sizes"},
-    {"kernels", "recipe", "ui", "cpu"},
+    {"kernels", "recipe", "ui", "cpu", "pages"},
     {"model", "run_folder"},
     {"engine"},
     {"data"},

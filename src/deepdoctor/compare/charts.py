@@ -6,12 +6,11 @@ stay readable on a phone. Text stays text.
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from deepdoctor.pages import svg_element
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,31 +58,6 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as one ``<svg>`` element: colours as variables, ids made the chart's own, no global style."""
-    import matplotlib
-
-    target = io.StringIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters the measuring font lacks are drawn by the reader's own
-        figure.savefig(target, format="svg", metadata=nothing, transparent=True)
-    svg = target.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata\b.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg).replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # Matplotlib 3.9
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # 3.10
-    svg = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
 
 
 def _quiet(axes: Axes, *, bottom: bool = True) -> None:
@@ -147,7 +121,7 @@ def forest_chart(panels: Sequence[ForestPanel], size: Size) -> str:
                 )
             axes.plot([row.difference], [level], "o", color=colour, markersize=8)
             _row_text(axes, row, y, narrow, left, right)
-    return _svg(figure, f"forest-{size}")
+    return svg_element(figure, f"forest-{size}", VARIABLES)
 
 
 def _row_text(axes: Axes, row: ForestRow, y: int, narrow: bool, left: int, right: int) -> None:
@@ -200,4 +174,4 @@ def loss_chart(curve: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[st
         loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=11, labelcolor=INK,
         borderaxespad=0.2, handlelength=1.5, columnspacing=1.2,
     )  # fmt: skip
-    return _svg(figure, f"curve-{size}")
+    return svg_element(figure, f"curve-{size}", VARIABLES)

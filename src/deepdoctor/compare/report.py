@@ -44,6 +44,7 @@ from deepdoctor.compare.stats import (
     verdict,
 )
 from deepdoctor.errors import DataError, RunError
+from deepdoctor.pages import template_environment
 
 __all__ = ["SCHEMA", "adjust_tasks", "summarise_side", "summarise_task", "write_report"]
 
@@ -181,7 +182,6 @@ def write_report(folder: Path, result: Mapping[str, Any]) -> None:
 
     result: see the module docstring. Each file appears whole or not at all. Raises RunError for another schema.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from deepdoctor.compare.charts import forest_chart, loss_chart
@@ -193,14 +193,7 @@ def write_report(folder: Path, result: Mapping[str, Any]) -> None:
             f"a comparison of schema {result.get('schema')!r} cannot be shown: this version reads schema {SCHEMA}",
             "run the compare stage again",
         )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(Path(__file__).parent / "templates")
     environment.filters["md"] = lambda text: Markup(markdown_escape(text))
     view = report_view(result)
     words = TEXT | {"repeat_note": result.get("repeat_note") or TEXT["repeat_note"]}

@@ -6,10 +6,8 @@ Rows are quoted as text, escaped; a row that seems to hold personal data is name
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from deepdoctor.data.findings_text import FIELDS, personal_data
 from deepdoctor.data.page_text import MEANING, REMEDY, WORDS, Both
 from deepdoctor.data.rows import Row
 from deepdoctor.errors import RunError
+from deepdoctor.pages import svg_element, template_environment
 
 if TYPE_CHECKING:
     from deepdoctor.data.prompt import EncodedRow
@@ -45,16 +44,7 @@ def write_page(
     where they are not those that were checked, or none, the page quotes no row. Raises RunError where the file cannot
     be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(Path(__file__).parent / "templates")
     encoded = [tokens for _, tokens in kept]
     environment.filters["code"] = _code
     lengths = {
@@ -110,30 +100,7 @@ def histograms(part: str, values: Sequence[int], limit: int, size: str) -> str:
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=11, labelcolor=MUTED, pad=5)
-    return _svg(figure, f"{part}-{size}")
-
-
-def _svg(figure: Any, name: str) -> str:
-    """The figure as one ``<svg>`` element, as compare/charts.py has it: no global style, ids of its own."""
-    import matplotlib
-
-    target = io.StringIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.savefig(target, format="svg", metadata=nothing, transparent=True)
-    svg = target.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style\b.*?</style>|<metadata\b.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg).replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+    return svg_element(figure, f"{part}-{size}", VARIABLES)
 
 
 def _view(check: Mapping[str, Any], known: Mapping[int, Row]) -> dict[str, Any]:
