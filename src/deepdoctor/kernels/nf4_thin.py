@@ -26,7 +26,7 @@ from torch import Tensor
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
 from deepdoctor.kernels.nf4 import NF4Weight, dequantize_nf4
-from deepdoctor.kernels.rows import FLOAT_DTYPES, check_rows
+from deepdoctor.kernels.rows import FLOAT_DTYPES, check_contiguous, check_rows
 
 if TYPE_CHECKING:
     from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, ThinTiling
@@ -122,7 +122,7 @@ class ThinLinear:
         if u is not None:
             if self.lora is None:
                 raise KernelInputError("ThinLinear: u is given, but it was prepared without lora")
-            _check("ThinLinear", "u", u, (rows, self.rank), x.dtype, x.device)
+            check_contiguous("ThinLinear", "u", u, (rows, self.rank), x.dtype, x.device)
         if self._launch is None:
             return self._reference(x, out, u)
         elements = self.scratch_elements(rows)
@@ -163,10 +163,10 @@ def thin_lora(x: Tensor, a: Tensor, out: Tensor, mask: Tensor | None = None, *, 
     """
     check_rows("thin_lora", "x", x, x.shape, x)
     rows, rank = x.shape[0], a.shape[0]
-    _check("thin_lora", "a", a, (rank, x.shape[1]), x.dtype, x.device)
-    _check("thin_lora", "out", out, (rows, rank), x.dtype, x.device)
+    check_contiguous("thin_lora", "a", a, (rank, x.shape[1]), x.dtype, x.device)
+    check_contiguous("thin_lora", "out", out, (rows, rank), x.dtype, x.device)
     if mask is not None:
-        _check("thin_lora", "mask", mask, (rows, 1), x.dtype, x.device)
+        check_contiguous("thin_lora", "mask", mask, (rows, 1), x.dtype, x.device)
     if not 1 <= rank <= THIN_RANK:
         raise KernelInputError(f"thin_lora: a has {rank} rows, expected 1 to {THIN_RANK}")
     if use_triton(impl, x):
@@ -177,14 +177,3 @@ def thin_lora(x: Tensor, a: Tensor, out: Tensor, mask: Tensor | None = None, *, 
     u = x.float() @ a.float().T
     out.copy_(u if mask is None else u.mul_(mask.float()))
     return out
-
-
-def _check(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuse a tensor that is not contiguous, of this shape and dtype, on this device."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        raise KernelInputError(
-            f"{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; "
-            f"expected a contiguous {shape} {dtype} on {device}"
-        )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.rows import FLOAT_DTYPES
+from deepdoctor.kernels.rows import FLOAT_DTYPES, check_contiguous
 
 __all__ = ["paged_attention", "paged_scratch_elements", "rope_and_store"]
 
@@ -71,7 +71,7 @@ def paged_attention(
             f"{op}: q is {tuple(q.shape)}, strides {q.stride()}; expected contiguous heads side by side, "
             f"a multiple of the {k.shape[1]} key heads"
         )
-    _check(op, "out", out, q.shape, q.dtype, q.device)
+    check_contiguous(op, "out", out, q.shape, q.dtype, q.device)
     _check_table(op, block_table, "lengths", lengths, slots, q.device)
     if splits < 1:
         raise KernelInputError(f"{op}: splits is {splits}, expected 1 or more")
@@ -121,7 +121,7 @@ def rope_and_store(
             f"{op}: qkv is {tuple(qkv.shape)}, strides {qkv.stride()}; expected a contiguous (B, more than "
             f"{2 * key_heads}, even H)"
         )
-    _check(op, "cos_sin", cos_sin, (cos_sin.shape[0], head_dim), torch.float32, qkv.device)
+    check_contiguous(op, "cos_sin", cos_sin, (cos_sin.shape[0], head_dim), torch.float32, qkv.device)
     _check_table(op, block_table, "positions", positions, slots, qkv.device)
     if use_triton(impl, qkv):
         from deepdoctor.kernels import paged_attention_triton
@@ -183,7 +183,7 @@ def _check_cache(op: str, k: Tensor, v: Tensor, heads: Tensor, name: str) -> Non
             f"{op}: k is {tuple(k.shape)} {k.dtype}, strides {k.stride()}; "
             "expected a contiguous (blocks, K, block_size, H) of bf16, fp16 or fp32"
         )
-    _check(op, "v", v, k.shape, k.dtype, k.device)
+    check_contiguous(op, "v", v, k.shape, k.dtype, k.device)
     if heads.dim() != 3 or heads.shape[2] != k.shape[3] or heads.dtype != k.dtype or heads.device != k.device:
         raise KernelInputError(
             f"{op}: {name} is {tuple(heads.shape)} {heads.dtype} on {heads.device}, "
@@ -193,16 +193,5 @@ def _check_cache(op: str, k: Tensor, v: Tensor, heads: Tensor, name: str) -> Non
 
 def _check_table(op: str, block_table: Tensor, name: str, numbers: Tensor, slots: int, device: torch.device) -> None:
     width = block_table.shape[1] if block_table.dim() == 2 else 1
-    _check(op, "block_table", block_table, (slots, width), torch.int32, device)
-    _check(op, name, numbers, (slots,), torch.int32, device)
-
-
-def _check(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuse a tensor that is not contiguous, of this shape and dtype, on this device."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        raise KernelInputError(
-            f"{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; "
-            f"expected a contiguous {tuple(shape)} {dtype} on {device}"
-        )
+    check_contiguous(op, "block_table", block_table, (slots, width), torch.int32, device)
+    check_contiguous(op, name, numbers, (slots,), torch.int32, device)

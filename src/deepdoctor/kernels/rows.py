@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 
-__all__ = ["FLOAT_DTYPES", "as_rows", "check_rows", "is_row_view"]
+__all__ = ["FLOAT_DTYPES", "as_rows", "check_contiguous", "check_rows", "is_row_view"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,4 +43,18 @@ def check_rows(op: str, name: str, tensor: Tensor, shape: torch.Size | tuple[int
     if (columns > 1 and tensor.stride(1) != 1) or (rows > 1 and tensor.stride(0) < columns):
         raise KernelInputError(
             f"{op}: {name} has strides {tensor.stride()}, expected contiguous rows: (at least {columns}, 1)"
+        )
+
+
+def check_contiguous(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a tensor that is not contiguous, of this shape and dtype, on this device.
+
+    Raises KernelInputError naming op, argument, what it is and what was expected.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise KernelInputError(
+            f"{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; "
+            f"expected a contiguous {tuple(shape)} {dtype} on {device}"
         )
