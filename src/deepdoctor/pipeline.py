@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdoctor.ask import ask_and_keep
-from deepdoctor.compare.stage import compare_sides, read_tasks
+from deepdoctor.compare.stage import compare_sides
 from deepdoctor.data.stage import prepare_data
 from deepdoctor.errors import RunError
 from deepdoctor.export.stage import export_model
@@ -62,7 +62,7 @@ def run(
     result = RunResult(folder.path)
     session.prompt  # noqa: B018  a wrong model, template or task stops here, before any work
     if "compare" in stages and not folder.done("compare"):
-        read_tasks(recipe.compare, recipe.seed)
+        session.tasks  # noqa: B018
     data = prepare_data(session, show_rows)
     if "train" in stages:
         if recipe.ask.questions:

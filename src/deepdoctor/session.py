@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from deepdoctor.data.prompt import Prompt
+from deepdoctor.data.questions import load_questions
+from deepdoctor.data.rows import Question
 from deepdoctor.errors import RunError
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.config import ModelConfig
@@ -66,6 +68,12 @@ class Session:
         """The one prompt object of the run."""
         data = self.recipe.data
         return Prompt(self.tokenizer, data.template, data.system, data.train_on)
+
+    @cached_property
+    def tasks(self) -> list[list[Question]]:
+        """The questions of every task of the recipe. Raises DataError for questions that cannot be used."""
+        section = self.recipe.compare
+        return [load_questions(source, section.max_questions, self.recipe.seed) for source in section.tasks]
 
     @cached_property
     def decoder(self) -> Decoder:

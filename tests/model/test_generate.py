@@ -372,11 +372,8 @@ def test_thinking_is_closed_at_its_limit(tiny: tuple[Decoder, Any]) -> None:
     assert done.ids == free and not done.thinking_closed
 
 
-def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
-    """One request is cancelled while it is answered, one while it waits; the other answers are what they were."""
-    requests = [replace(r, sampling=Sampling(9)) for r in mixed_requests()]
-    expected = ids(answers(tiny[0], requests, adapter, stop=()))
-    generator = Generator(tiny[0], adapter, (), 2)
+def check_cancelling(generator: Generator, requests: Sequence[Request], expected: dict[object, list[int]]) -> None:
+    """Cancel request 0 at its third token and request 4 while it waits; 1 to 3 answer as expected."""
     heard = 0
 
     def stop_two(request: Request, token: int) -> None:
@@ -390,6 +387,13 @@ def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Any], ad
     assert {key for key, c in found.items() if c.cancelled} == {0, 4}
     assert found[0].ids == expected[0][:3] and found[4].ids == []
     assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n] for n in (1, 2, 3)}
+
+
+def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
+    """One request is cancelled while it is answered, one while it waits; the other answers are what they were."""
+    requests = [replace(r, sampling=Sampling(9)) for r in mixed_requests()]
+    expected = ids(answers(tiny[0], requests, adapter, stop=()))
+    check_cancelling(Generator(tiny[0], adapter, (), 2), requests, expected)
 
 
 def test_log_probabilities_are_the_models_own(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:

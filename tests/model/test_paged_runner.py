@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_decoder import dense_copy, draw_rows, packed_logits, random_adapter, tiny_pair
+from test_generate import check_cancelling
 
 from deepdoctor.errors import CacheFull
 from deepdoctor.model import paged_runner as module
@@ -266,19 +267,7 @@ def test_cancelled_requests_leave_the_others_alone(
     monkeypatch.setattr(
         "deepdoctor.model.generate.paged_runner", lambda *given: made.append(paged_runner(*given)) or made[0]
     )
-    heard = 0
-
-    def stop_two(request: Request, token: int) -> None:
-        nonlocal heard
-        heard += request.key == 0
-        if heard == 3:
-            generator.cancel(0)
-            generator.cancel(4)
-
-    found = {c.request.key: c for c in generator.run(requests, stop_two)}
-    assert {key for key, c in found.items() if c.cancelled} == {0, 4}
-    assert found[0].ids == expected[0][:3] and found[4].ids == []
-    assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n] for n in (1, 2, 3)}
+    check_cancelling(generator, requests, expected)
     assert made[0].pool.free == 2 * made[0].width
 
 

@@ -15,35 +15,32 @@ from deepdoctor.compare.journal import AnswerJournal
 from deepdoctor.compare.loss import compare_losses
 from deepdoctor.compare.report import adjust_tasks, summarise_task, write_report
 from deepdoctor.data.overlap import OverlapReport, find_overlap
-from deepdoctor.data.questions import load_questions
-from deepdoctor.data.rows import Question
 from deepdoctor.data.store import PreparedData
 from deepdoctor.model.adapter import ADAPTER_FILE
 from deepdoctor.model.generate import Generator
-from deepdoctor.recipe import CompareSection
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 from deepdoctor.train.held_out import held_out_losses
 
-__all__ = ["compare_sides", "read_tasks"]
+__all__ = ["compare_sides"]
 
 SIDES = ("base", "tuned")
 LOSS_TOKENS = 4096
 """Packed tokens at once when only losses are wanted; nothing is kept for a backward pass."""
 
 
-def _items(session: Session, data: PreparedData, tasks: Sequence[Sequence[Question]]) -> list[Item]:
+def _items(session: Session, data: PreparedData) -> list[Item]:
     """Everything both sides are asked, in order: held-out rows, then each task."""
     rows = [row for row, _ in data.held_out][: session.recipe.compare.held_out_questions]
     items = items_of_rows(rows)
-    for questions in tasks:
+    for questions in session.tasks:
         items += items_of_questions(questions)
     return items
 
 
-def _overlap(session: Session, data: PreparedData, tasks: Sequence[Sequence[Question]]) -> OverlapReport | None:
+def _overlap(session: Session, data: PreparedData) -> OverlapReport | None:
     """Search the training rows for the questions, and say what was found."""
-    questions = [question for task in tasks for question in task]
+    questions = [question for task in session.tasks for question in task]
     if not questions:
         return None
     report = find_overlap([row for row, _ in data.train], questions)
@@ -66,11 +63,6 @@ def _summaries(items: Sequence[Item], records: Sequence[dict[str, Any]], overlap
         summaries.append(summary)
     adjust_tasks([summary["accuracy"] for summary in summaries if "accuracy" in summary])
     return summaries
-
-
-def read_tasks(section: CompareSection, seed: int) -> list[list[Question]]:
-    """Read every task of the recipe. Raises DataError for questions that cannot be used."""
-    return [load_questions(source, section.max_questions, seed) for source in section.tasks]
 
 
 def _losses(session: Session, data: PreparedData) -> dict[str, Any]:
@@ -148,9 +140,8 @@ def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
     assert run is not None
     if run.done("compare"):
         return json.loads((run.path / "compare" / "stats.json").read_text(encoding="utf-8"))
-    questions = read_tasks(recipe.compare, recipe.seed)
-    items = _items(session, data, questions)
-    overlap = _overlap(session, data, questions)
+    items = _items(session, data)
+    overlap = _overlap(session, data)
     if not items and not (data.held_out and recipe.compare.held_out_loss):
         session.reporter.say(
             "compare: nothing to measure: no held-out rows and no tasks; `--data.held_out 0.05` or "

@@ -8,7 +8,6 @@ from pathlib import Path
 from deepdoctor.data.check import CheckReport, check_rows
 from deepdoctor.data.overlap import find_overlap
 from deepdoctor.data.prompt import EncodedRow
-from deepdoctor.data.questions import load_questions
 from deepdoctor.data.rows import Row
 from deepdoctor.data.show import show_rows
 from deepdoctor.data.sources import load_rows
@@ -58,8 +57,8 @@ def _apart_from_questions(session: Session, train: list[Pair], folder: Path) -> 
 
     Writes ``overlap.json`` where there are questions.
     """
-    section, data = session.recipe.compare, session.recipe.data
-    questions = [q for s in section.tasks for q in load_questions(s, section.max_questions, session.recipe.seed)]
+    data = session.recipe.data
+    questions = [question for task in session.tasks for question in task]
     if not questions:
         return train
     report = find_overlap([row for row, _ in train], questions)

@@ -18,7 +18,7 @@ from deepdoctor.kernels.attention import attend_packed
 from deepdoctor.kernels.nf4_thin import THIN_ROWS
 from deepdoctor.model.decoder import Attend, Decoder, DecoderLayer
 from deepdoctor.model.load import free_memory
-from deepdoctor.model.runner import PREFILL_TOKENS
+from deepdoctor.model.runner import prefill_bytes
 
 __all__ = ["BLOCK", "BlockPool", "PagedCache", "blocks_of", "fitting_blocks"]
 
@@ -111,11 +111,11 @@ def fitting_blocks(decoder: Decoder, slots: int, positions: int, keep_dense: boo
     if decoder.device.type != "cuda":
         return slots * one
     block = 2 * config.num_layers * config.num_kv_heads * BLOCK * config.head_dim * element
-    prefill = 4 * PREFILL_TOKENS * (3 * config.intermediate_size + 4 * config.hidden_size) * element
     # Logits, their fp32 copies with and without a penalty, and which tokens were seen.
     step = slots * config.vocab_size * (element + 13)
     step += slots * (3 * config.intermediate_size + 8 * config.hidden_size) * element
-    free = free_memory(decoder.device) - prefill - step - _dense_bytes(decoder, slots, keep_dense) - GRAPH_BYTES
+    taken = prefill_bytes(decoder) + step + _dense_bytes(decoder, slots, keep_dense) + GRAPH_BYTES
+    free = free_memory(decoder.device) - taken
     return min(slots * one, max(one, free // block))
 
 

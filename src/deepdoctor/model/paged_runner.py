@@ -18,11 +18,11 @@ from torch import Tensor
 
 from deepdoctor.errors import CacheFull
 from deepdoctor.kernels.nf4_thin import THIN_ROWS
-from deepdoctor.model.adapter import Adapter, RowSwitch
+from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.block_pool import BLOCK, BlockPool, PagedCache, blocks_of, fitting_blocks
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.paged_step import PagedStep
-from deepdoctor.model.runner import PREFILL_TOKENS, Prompt
+from deepdoctor.model.runner import PREFILL_TOKENS, PackedPass, Prompt, in_turns
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ class PagedRunner:
         self.pool = BlockPool(blocks)
         self.cache = PagedCache(decoder, blocks)
         self.step = PagedStep(decoder, adapter, self.cache, slots, positions, keep_dense, graphs)
-        self.switch = RowSwitch()
-        self.adapters = adapter.prepare(decoder, self.switch) if adapter is not None else None
+        self.prompts = PackedPass(decoder, adapter)
         self.slots: list[_Slot] = []
         self._table = torch.zeros(self.step.block_table.shape, dtype=torch.int32)
         """Block table as it is to be; it and the mask are brought to the device before a step, where they changed."""
@@ -107,8 +106,10 @@ class PagedRunner:
             elif part:
                 copied.append((source[whole], taken[0]))
             started.append((prompt, [*shared, *taken]))
-        for group in _groups(fresh):
-            logits |= zip(group, self._prefill(group, [held[prompt] for prompt in group]), strict=True)
+        for run in in_turns([len(prompt.ids) for prompt in fresh], PREFILL_TOKENS):
+            group = [fresh[number] for number in run]
+            attend = self.cache.prefill([held[prompt] for prompt in group], [len(prompt.ids) for prompt in group])
+            logits |= zip(group, self.prompts.logits(group, attend), strict=True)
         self.cache.copy([source for source, _ in copied], [target for _, target in copied])
         for number, (prompt, blocks) in enumerate(started, len(self.slots)):
             self.slots.append(_Slot(prompt, len(prompt.ids), logits[prompt], blocks))
@@ -117,20 +118,6 @@ class PagedRunner:
         if not started:
             return self.step.mask.new_empty(0, self.decoder.config.vocab_size)
         return torch.stack([logits[prompt] for prompt, _ in started])
-
-    def _prefill(self, prompts: Sequence[Prompt], blocks: Sequence[Sequence[int]]) -> Tensor:
-        """Run whole prompts into their blocks; return logits (n, V)."""
-        device = self.decoder.device
-        lengths = [len(prompt.ids) for prompt in prompts]
-        ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=device)
-        places = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        tuned = [prompt.tuned for prompt in prompts]
-        mask = torch.tensor(tuned, dtype=self.decoder.compute_dtype)[:, None]
-        self.switch.mask = None if all(tuned) else mask.repeat_interleave(torch.tensor(lengths), 0).to(device)
-        attend = self.cache.prefill(blocks, lengths)
-        hidden = self.decoder(ids, places, attend, self.adapters if any(tuned) else None)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self.decoder.logits(hidden[ends])
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
@@ -175,19 +162,6 @@ class PagedRunner:
         self.slots.pop()
         self._changed = True
         return last
-
-
-def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Prompts in order, those of a group in one prefill: at most PREFILL_TOKENS, or one prompt."""
-    groups: list[list[Prompt]] = []
-    tokens = 0
-    for prompt in prompts:
-        tokens += len(prompt.ids)
-        if not groups or tokens > PREFILL_TOKENS:
-            groups.append([])
-            tokens = len(prompt.ids)
-        groups[-1].append(prompt)
-    return groups
 
 
 def paged_runner(decoder: Decoder, adapter: Adapter | None, slots: int, positions: int) -> PagedRunner:

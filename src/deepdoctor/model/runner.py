@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from deepdoctor.model.adapter import Adapter, RowSwitch
-from deepdoctor.model.decoder import Decoder
+from deepdoctor.model.decoder import Attend, Decoder
 from deepdoctor.model.fast_decode import PACKED_SLOTS, DecodeStep, can_pack
 from deepdoctor.model.kv_cache import SlotCache
 from deepdoctor.model.load import free_memory
 
-__all__ = ["PREFILL_TOKENS", "Prompt", "SlotRunner", "fitting_slots"]
+__all__ = ["PREFILL_TOKENS", "PackedPass", "Prompt", "SlotRunner", "fitting_slots", "in_turns", "prefill_bytes"]
 
 PREFILL_TOKENS = 2048
 """Prompt tokens run at once; bounds the memory of a prefill."""
@@ -41,6 +41,51 @@ class _Slot:
     """After the prompt, (V,): another slot may start from the same one."""
 
 
+class PackedPass:
+    """Base and adapter over whole rows, each row with the adapter or without."""
+
+    def __init__(self, decoder: Decoder, adapter: Adapter | None):
+        self.decoder = decoder
+        self.switch = RowSwitch()
+        self.adapters = adapter.prepare(decoder, self.switch) if adapter is not None else None
+
+    def __call__(self, rows: Sequence[Sequence[int]], tuned: Sequence[bool], attend: Attend) -> Tensor:
+        """Return the hidden states (T, D) of rows of tokens, one after another. attend: see ``decoder.Attend``."""
+        device = self.decoder.device
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.tensor([token for row in rows for token in row], device=device)
+        places = torch.cat([torch.arange(len(row)) for row in rows]).to(device)
+        mask = torch.tensor(tuned, dtype=self.decoder.compute_dtype)[:, None]
+        self.switch.mask = None if all(tuned) else mask.repeat_interleave(lengths, 0).to(device)
+        return self.decoder(ids, places, attend, self.adapters if any(tuned) else None)
+
+    def logits(self, prompts: Sequence[Prompt], attend: Attend) -> Tensor:
+        """Return the logits (n, V) after each of these prompts."""
+        hidden = self([prompt.ids for prompt in prompts], [prompt.tuned for prompt in prompts], attend)
+        ends = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.decoder.device).cumsum(0) - 1
+        return self.decoder.logits(hidden[ends])
+
+
+def in_turns(sizes: Sequence[int], budget: int) -> list[range]:
+    """Cut rows, in order, into runs of at most ``budget`` tokens; a longer row is a run of its own."""
+    runs: list[range] = []
+    tokens = 0
+    for number, size in enumerate(sizes):
+        tokens += size
+        if not runs or tokens > budget:
+            runs.append(range(number, number))
+            tokens = size
+        runs[-1] = range(runs[-1].start, number + 1)
+    return runs
+
+
+def prefill_bytes(decoder: Decoder) -> int:
+    """Memory that a prefill of PREFILL_TOKENS takes for a while."""
+    config = decoder.config
+    wide = 3 * config.intermediate_size + 4 * config.hidden_size
+    return 4 * PREFILL_TOKENS * wide * decoder.compute_dtype.itemsize
+
+
 def fitting_slots(decoder: Decoder, slots: int, positions: int) -> int:
     """As many slots, at least one, as the GPU has memory for beside a prefill; on a CPU, as many as asked for."""
     if decoder.device.type != "cuda":
@@ -48,8 +93,7 @@ def fitting_slots(decoder: Decoder, slots: int, positions: int) -> int:
     config = decoder.config
     element = decoder.compute_dtype.itemsize
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions * element
-    prefill = 4 * PREFILL_TOKENS * (3 * config.intermediate_size + 4 * config.hidden_size) * element
-    return min(slots, max(1, int((free_memory(decoder.device) - prefill) // slot)))
+    return min(slots, max(1, int((free_memory(decoder.device) - prefill_bytes(decoder)) // slot)))
 
 
 class SlotRunner:
@@ -65,8 +109,7 @@ class SlotRunner:
         self.step = DecodeStep(decoder, adapter, packed)
         positions = min(positions, decoder.config.max_position_embeddings)
         self.cache = SlotCache(decoder, slots, positions, self.step.dtype)
-        self.switch = RowSwitch()
-        self.adapters = adapter.prepare(decoder, self.switch) if adapter is not None else None
+        self.prompts = PackedPass(decoder, adapter)
         self.slots: list[_Slot] = []
 
     def length(self, slot: int) -> int:
@@ -80,7 +123,8 @@ class SlotRunner:
         numbered = list(enumerate(prompts, len(self.slots)))
         fresh = {p: number for number, p in reversed(numbered) if p not in places}
         if fresh:
-            logits |= zip(fresh, self._prefill(list(fresh.values()), list(fresh)), strict=True)
+            attend = self.cache.prefill(list(fresh.values()), [len(prompt.ids) for prompt in fresh])
+            logits |= zip(fresh, self.prompts.logits(list(fresh), attend), strict=True)
         places |= fresh
         for number, prompt in numbered:
             if places[prompt] != number:
@@ -88,27 +132,18 @@ class SlotRunner:
             self.slots.append(_Slot(prompt, len(prompt.ids), logits[prompt]))
         return torch.stack([logits[prompt] for prompt in prompts])
 
-    def _prefill(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> Tensor:
-        """Run whole prompts into free slots; return logits (n, V)."""
-        device = self.decoder.device
-        lengths = [len(p.ids) for p in prompts]
-        ids = torch.tensor([token for p in prompts for token in p.ids], device=device)
-        places = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        on = self._switch([p.tuned for p in prompts], lengths)
-        hidden = self.decoder(ids, places, self.cache.prefill(slots, lengths), self.adapters if on else None)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self.decoder.logits(hidden[ends])
-
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Add one token to every slot in use; return the logits (n, V) after it."""
         device = self.decoder.device
         lengths = [slot.length for slot in self.slots]
         places = torch.tensor(lengths, device=device)
-        tuned = self._switch([slot.prompt.tuned for slot in self.slots], None)
+        tuned = [slot.prompt.tuned for slot in self.slots]
+        # Without a mask the adapter acts everywhere.
+        mask = None if all(tuned) else torch.tensor(tuned, dtype=self.decoder.compute_dtype, device=device)[:, None]
         attend = self.cache.decode(places, max(lengths) + 1, ragged=len(set(lengths)) > 1)
         for slot in self.slots:
             slot.length += 1
-        return self.step(torch.tensor(tokens, device=device), places, attend, tuned, self.switch.mask)
+        return self.step(torch.tensor(tokens, device=device), places, attend, any(tuned), mask)
 
     def remove(self, number: int) -> int:
         """Free a slot; the last one takes its number. Returns the number the last one had."""
@@ -118,14 +153,3 @@ class SlotRunner:
             self.slots[number] = self.slots[last]
         self.slots.pop()
         return last
-
-    def _switch(self, tuned: list[bool], repeats: Sequence[int] | None) -> bool:
-        """Set the per-token adapter mask; return whether the adapter is needed at all."""
-        if all(tuned):
-            self.switch.mask = None
-        elif any(tuned):
-            mask = torch.tensor(tuned, dtype=self.decoder.compute_dtype)[:, None]
-            if repeats is not None:
-                mask = mask.repeat_interleave(torch.tensor(repeats), 0)
-            self.switch.mask = mask.to(self.decoder.device)
-        return any(tuned)

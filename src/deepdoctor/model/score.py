@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deepdoctor.errors import UsageError
 from deepdoctor.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_by_vocabulary
-from deepdoctor.model.adapter import Adapter, RowSwitch
+from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder, PackedAttention
+from deepdoctor.model.runner import PackedPass, in_turns
 
 __all__ = ["Continuation", "score"]
 
@@ -44,49 +45,26 @@ def score(
             )
         if c.tuned and adapter is None:
             raise UsageError(f"continuation {number} asks the tuned side, but no adapter was given")
-    switch = RowSwitch()
-    adapters = adapter.prepare(decoder, switch) if adapter is not None else None
+    run = PackedPass(decoder, adapter)
     scores: list[list[float]] = [[] for _ in continuations]
-    device = decoder.device
-    for group in _groups(continuations, token_budget):
-        rows = [[*continuations[i].prompt_ids, *continuations[i].ids] for i in group]
-        lengths = [len(row) for row in rows]
-        tuned = torch.tensor([continuations[i].tuned for i in group])
-        switch.mask = tuned.to(decoder.compute_dtype)[:, None].repeat_interleave(torch.tensor(lengths), 0).to(device)
-        ids = torch.tensor([token for row in rows for token in row], device=device)
-        places = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    asked = [number for number, c in enumerate(continuations) if c.ids]
+    rows = [[*continuations[number].prompt_ids, *continuations[number].ids] for number in asked]
+    for turn in in_turns([len(row) for row in rows], token_budget):
+        group = [continuations[asked[place]] for place in turn]
+        lengths = [len(rows[place]) for place in turn]
         attend = PackedAttention(decoder.config.num_kv_heads, lengths)
-        hidden = decoder(ids, places, attend, adapters if bool(tuned.any()) else None)
-        starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-        predict = torch.cat(
-            [
-                torch.arange(len(continuations[i].ids)) + start + len(continuations[i].prompt_ids) - 1
-                for i, start in zip(group, starts.tolist(), strict=True)
-            ]
-        ).to(device)
-        labels = ids[predict + 1]
-        if decoder.head.device == device:
-            losses = linear_cross_entropy(hidden[predict], decoder.head, labels)
+        hidden = run([rows[place] for place in turn], [c.tuned for c in group], attend)
+        # A token is expected by the position before it.
+        predict, start = [], 0
+        for c, length in zip(group, lengths, strict=True):
+            predict.append(torch.arange(start + len(c.prompt_ids) - 1, start + length - 1))
+            start += length
+        hidden = hidden[torch.cat(predict).to(decoder.device)]
+        labels = torch.tensor([token for c in group for token in c.ids], device=decoder.device)
+        if decoder.head.device == decoder.device:
+            losses = linear_cross_entropy(hidden, decoder.head, labels)
         else:
-            losses = linear_cross_entropy_by_vocabulary(hidden[predict], decoder.head_parts(), labels, scale=None)[0]
-        counts = [len(continuations[i].ids) for i in group]
-        for i, part in zip(group, losses.double().cpu().split(counts), strict=True):
-            scores[i] = (-part).tolist()
+            losses = linear_cross_entropy_by_vocabulary(hidden, decoder.head_parts(), labels, scale=None)[0]
+        for place, part in zip(turn, losses.double().cpu().split([len(c.ids) for c in group]), strict=True):
+            scores[asked[place]] = (-part).tolist()
     return scores
-
-
-def _groups(continuations: Sequence[Continuation], token_budget: int) -> Iterator[list[int]]:
-    """Cut the continuations that have tokens into groups of at most so many, in order."""
-    group: list[int] = []
-    tokens = 0
-    for number, c in enumerate(continuations):
-        if not c.ids:
-            continue
-        size = len(c.prompt_ids) + len(c.ids)
-        if group and tokens + size > token_budget:
-            yield group
-            group, tokens = [], 0
-        group.append(number)
-        tokens += size
-    if group:
-        yield group
