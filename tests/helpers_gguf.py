@@ -93,7 +93,7 @@ def write_gguf(
 
 def write_r1_gguf(path: Path, r1: Tokenizer) -> Path:
     """Write a tiny llama file with the vocabulary, template and sampling advice of an R1-like tokenizer."""
-    values = json.loads(r1._core.to_str())
+    values = json.loads(r1.core.to_str())
     size = r1.vocab_size
     special = {t["id"]: 3 if t["content"].startswith("<｜") else 4 for t in values["added_tokens"]}
     keys = {

@@ -161,7 +161,7 @@ def test_an_unknown_word_rule_is_refused(tmp_path):
     """A tokenizer that splits otherwise would get other ids in llama.cpp without a word: no file is written for it."""
     tokenizer = load_tokenizer(build_r1_tokenizer(tmp_path))
     assert word_rule(tokenizer) == "llama-bpe"
-    tokenizer._core.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(r"\s+"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

@@ -1,16 +1,19 @@
-"""Packed rows through the decoder, in the few lines that every test of the model needs."""
+"""Packed rows through the decoder and answers of the tiny models, in the few lines that several tests need."""
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from deepdoctor.model.adapter import Adapter, LoraSettings, RowSwitch
 from deepdoctor.model.decoder import Decoder, DecoderLayer, PackedAttention
+from deepdoctor.model.generate import Generator, Request, Words
 from deepdoctor.model.load import load_decoder
+from deepdoctor.model.vllm_engine import VllmGenerator
 from helpers_models import save_tiny_model
 
 Rows = Sequence[Sequence[int]]
@@ -78,3 +81,45 @@ def gradients(adapter: Adapter) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
     adapter.zero_grad(set_to_none=True)
     return found
+
+
+def spelled(ids: Sequence[int]) -> str:
+    """One letter pair per token of the tiny models, so that texts can cross token borders."""
+    return "".join(f"{chr(97 + token % 26)}{chr(97 + token // 26)}" for token in ids)
+
+
+WORDS = Words(spelled, close="zz", closing_ids=(5, 6))
+
+
+def count_tokens(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of tokens of every forward pass from now on."""
+    run: list[int] = []
+    forward = Decoder.forward
+
+    def counted(self: Decoder, input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        run.append(input_ids.shape[0])
+        return forward(self, input_ids, *rest, **named)
+
+    patch.setattr(Decoder, "forward", counted)
+    return run
+
+
+def check_cancelling(
+    generator: Generator | VllmGenerator, requests: Sequence[Request], expected: dict[object, list[int]]
+) -> None:
+    """Cancel request 0 at its third token and request 4 while it waits; 1 to 3 answer as expected."""
+    heard = 0
+
+    def stop_two(request: Request, token: int) -> None:
+        nonlocal heard
+        heard += request.key == 0
+        if heard == 3:
+            generator.cancel(0)
+            generator.cancel(4)
+
+    done = list(generator.run(requests, stop_two))
+    found = {c.request.key: c for c in done}
+    assert len(found) == len(done)
+    assert {key for key, c in found.items() if c.cancelled} == {0, 4}
+    assert found[0].ids == expected[0][:3] and found[4].ids == []
+    assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n] for n in (1, 2, 3)}

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import SIDES, draw_rows, random_adapter, tiny_pair
-from test_generate import WORDS, check_cancelling, spelled
+from helpers_decoder import SIDES, WORDS, check_cancelling, draw_rows, random_adapter, spelled, tiny_pair
 
 from deepdoctor.errors import ModelError
 from deepdoctor.model import paged_runner as module

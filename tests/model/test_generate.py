@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import SIDES, draw_rows, packed_logits, random_adapter, tiny_pair
+from helpers_decoder import (
+    SIDES,
+    WORDS,
+    check_cancelling,
+    count_tokens,
+    draw_rows,
+    packed_logits,
+    random_adapter,
+    spelled,
+    tiny_pair,
+)
 
 from deepdoctor.errors import UsageError
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.fast_decode import can_pack
-from deepdoctor.model.generate import Completion, Generator, Request, Words
+from deepdoctor.model.generate import Completion, Generator, Request
 from deepdoctor.model.load import load_decoder, load_tokenizer
 from deepdoctor.model.sampling import Sampling
 from deepdoctor.model.tokenizer import Tokenizer
@@ -330,14 +340,6 @@ def test_refused_requests(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
             list(Generator(tiny[0], given, (STOP,)).run([Request([1], short, key="fine"), request]))
 
 
-def spelled(ids: Sequence[int]) -> str:
-    """One letter pair per token of the tiny models, so that texts can cross token borders."""
-    return "".join(f"{chr(97 + token % 26)}{chr(97 + token // 26)}" for token in ids)
-
-
-WORDS = Words(spelled, close="zz", closing_ids=(5, 6))
-
-
 def free_answer(decoder: Decoder, new: int = 12) -> tuple[Request, list[int]]:
     """A prompt and what greedy decoding makes of it."""
     request = Request(draw_rows(9, seed=4)[0], Sampling(new), key=0)
@@ -372,23 +374,6 @@ def test_thinking_is_closed_at_its_limit(tiny: tuple[Decoder, Any]) -> None:
     assert done.ids == free and not done.thinking_closed
 
 
-def check_cancelling(generator: Generator, requests: Sequence[Request], expected: dict[object, list[int]]) -> None:
-    """Cancel request 0 at its third token and request 4 while it waits; 1 to 3 answer as expected."""
-    heard = 0
-
-    def stop_two(request: Request, token: int) -> None:
-        nonlocal heard
-        heard += request.key == 0
-        if heard == 3:
-            generator.cancel(0)
-            generator.cancel(4)
-
-    found = {c.request.key: c for c in generator.run(requests, stop_two)}
-    assert {key for key, c in found.items() if c.cancelled} == {0, 4}
-    assert found[0].ids == expected[0][:3] and found[4].ids == []
-    assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n] for n in (1, 2, 3)}
-
-
 def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Any], adapter: Adapter) -> None:
     """One request is cancelled while it is answered, one while it waits; the other answers are what they were."""
     requests = [replace(r, sampling=Sampling(9)) for r in mixed_requests()]
@@ -414,14 +399,7 @@ def test_equal_prompts_run_once(tiny: tuple[Decoder, Any], adapter: Adapter, mon
     prompts = [one, other, one, one, other, one]
     requests = [Request(p, Sampling(6, 1.0, seed=n), SIDES[n % 2], n) for n, p in enumerate(prompts)]
     alone = {n: answers(tiny[0], [r], adapter)[n].ids for n, r in enumerate(requests)}
-    run: list[int] = []
-    forward = Decoder.forward
-
-    def counted(self: Decoder, input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        run.append(input_ids.shape[0])
-        return forward(self, input_ids, *rest, **named)
-
-    monkeypatch.setattr(Decoder, "forward", counted)
+    run = count_tokens(monkeypatch)
     assert ids(answers(tiny[0], requests, adapter, 6)) == alone
     assert run == [8 + 5 + 8 + 5]
     assert ids(answers(tiny[0], requests, adapter, 3)) == alone

@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import SIDES, dense_copy, draw_rows, packed_logits, random_adapter, tiny_pair
-from test_generate import check_cancelling
+from helpers_decoder import (
+    SIDES,
+    check_cancelling,
+    count_tokens,
+    dense_copy,
+    draw_rows,
+    packed_logits,
+    random_adapter,
+    tiny_pair,
+)
 
 from deepdoctor.errors import CacheFull
 from deepdoctor.model import paged_runner as module
@@ -275,14 +283,7 @@ def test_long_prompts_are_prefilled_in_turns(tiny: Decoder, adapter: Adapter, mo
     """Prompts that do not fit one prefill are run in several, each at least one prompt."""
     prompts = [Prompt(tuple(row), SIDES[n % 2 == 0]) for n, row in enumerate(draw_rows(*LENGTHS, seed=8))]
     expected = PagedRunner(tiny, adapter, 5, 200).add(prompts)
-    run: list[int] = []
-    forward = Decoder.forward
-
-    def counted(self: Decoder, input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        run.append(input_ids.shape[0])
-        return forward(self, input_ids, *rest, **named)
-
-    monkeypatch.setattr(Decoder, "forward", counted)
+    run = count_tokens(monkeypatch)
     monkeypatch.setattr(module, "PREFILL_TOKENS", BLOCK + 2)
     found = PagedRunner(tiny, adapter, 5, 200).add(prompts)
     assert run == [BLOCK + 2, BLOCK, 2 * BLOCK + 3, BLOCK - 2]

@@ -6,9 +6,16 @@ import torch
 from deepdoctor.errors import ModelError
 from deepdoctor.kernels import sample as sample_module
 from deepdoctor.kernels.sample import sample
-from deepdoctor.model.sampling import Sampling, draw, settings_of
+from deepdoctor.model.drawer import Drawer
+from deepdoctor.model.sampling import Sampling, settings_of
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.4, 0.9, -3.0, 1.2])
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, number: int) -> int:
+    """The token of a request that is alone, after so many draws; logits (V,)."""
+    tokens, _ = Drawer(1, len(logits), logits.device).draw(logits[None], 0, [sampling], [number], {})
+    return tokens[0]
 
 
 def frequencies(logits: torch.Tensor, sampling: Sampling, draws: int = 3000) -> torch.Tensor:
@@ -67,7 +74,7 @@ def test_the_seed_and_the_number_decide_a_draw():
 
 
 def test_a_draw_is_a_row_of_the_op():
-    """draw gives what the op gives for the same request among others, and refuses logits that are nan."""
+    """A request draws alone what the op gives for it among others; logits that are nan are refused."""
     samplings = [Sampling(1, 0.8, 0.9, seed=5, top_k=4, min_p=0.01), Sampling(1), Sampling(1, 1.0, seed=1 << 40)]
     tokens = sample(LOGITS.expand(3, -1).contiguous(), settings_of(samplings, [7, 8, 9], "cpu"))
     assert tokens.tolist() == [draw(LOGITS, s, 7 + n) for n, s in enumerate(samplings)]

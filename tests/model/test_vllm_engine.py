@@ -3,32 +3,33 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import SIDES, draw_rows, packed_logits, random_adapter, tiny_pair
+from helpers_decoder import (
+    SIDES,
+    WORDS,
+    check_cancelling,
+    draw_rows,
+    packed_logits,
+    random_adapter,
+    spelled,
+    tiny_pair,
+)
 
 from deepdoctor.errors import EngineError, UsageError
 from deepdoctor.model import vllm_http
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.decoder import Decoder
-from deepdoctor.model.generate import Completion, Generator, Request, Words
+from deepdoctor.model.generate import Completion, Generator, Request
 from deepdoctor.model.sampling import Sampling
 from deepdoctor.model.vllm_engine import VllmGenerator
 from helpers_vllm import FakeVllm, fake_vllm
 
 STOP = 7
-
-
-def spelled(ids: Sequence[int]) -> str:
-    """One letter pair per token, so that texts can cross token borders."""
-    return "".join(f"{chr(97 + token % 26)}{chr(97 + token // 26)}" for token in ids)
-
-
-WORDS = Words(spelled, close="zz", closing_ids=(5, 6))
 
 
 @pytest.fixture(scope="module")
@@ -161,22 +162,9 @@ def test_no_more_at_once_than_slots(server: FakeVllm) -> None:
 def test_cancelled_requests_leave_the_others_alone(tiny: tuple[Decoder, Adapter], server: FakeVllm) -> None:
     """One is cancelled at its third token and one while it waits: the first hangs up, the other is never sent."""
     requests = requests_of(Sampling(9), 5)
-    expected = by_key(Generator(*tiny, ()).run(requests))
-    generator = VllmGenerator(server.url, (), slots=2)
+    expected = {key: c.ids for key, c in by_key(Generator(*tiny, ()).run(requests)).items()}
     server.token_s = 0.01
-    heard = 0
-
-    def stop_two(request: Request, token: int) -> None:
-        nonlocal heard
-        heard += request.key == 0
-        if heard == 3:
-            generator.cancel(0)
-            generator.cancel(4)
-
-    found = by_key(generator.run(requests, stop_two))
-    assert {key for key, c in found.items() if c.cancelled} == {0, 4}
-    assert found[0].ids == expected[0].ids[:3] and found[4].ids == []
-    assert {n: found[n].ids for n in (1, 2, 3)} == {n: expected[n].ids for n in (1, 2, 3)}
+    check_cancelling(VllmGenerator(server.url, (), slots=2), requests, expected)
     assert len(server.bodies) == 4 and requests[0].prompt_ids in server.broken
 
 

@@ -33,7 +33,7 @@ def word_rule(tokenizer: Tokenizer) -> str:
     """Return ``tokenizer.ggml.pre``. Raises UnsupportedModelError where no rule known here cuts text the same way."""
     from tokenizers import Regex, pre_tokenizers
 
-    core = tokenizer._core
+    core = tokenizer.core
     values = json.loads(core.to_str())
     composes = core.normalizer is not None and core.normalizer.normalize_str("e\u0301") == "\u00e9"
     whole_words = bool(values["model"].get("ignore_merges"))
@@ -58,8 +58,8 @@ def vocabulary(tokenizer: Tokenizer, prompt: Prompt, rows: int) -> dict[str, Any
     that template starts with BOS: llama.cpp then takes it off the template's text and puts it before the ids.
     Raises UnsupportedModelError as ``word_rule``, and for more tokens than rows.
     """
-    values = json.loads(tokenizer._core.to_str())
-    texts = {number: text for text, number in tokenizer._core.get_vocab(with_added_tokens=True).items()}
+    values = json.loads(tokenizer.core.to_str())
+    texts = {number: text for text, number in tokenizer.core.get_vocab(with_added_tokens=True).items()}
     if max(texts) >= rows:
         raise UnsupportedModelError(f"{tokenizer.place} has token {max(texts)}, the embedding only {rows} rows")
     added = {token["id"]: token for token in values["added_tokens"]}

@@ -26,23 +26,30 @@ from torch.nn import functional
 
 from deepdoctor.errors import KernelInputError
 
-__all__ = ["lora_linear"]
+__all__ = ["block_diagonal", "lora_linear"]
 
 Dense = Callable[[], Tensor]
+
+
+def block_diagonal(like: Tensor, blocks: Sequence[Tensor], starts: Sequence[int], height: int) -> Tensor:
+    """The blocks (O_i, R_i) side by side in zeros (height, R*) like ``like``, each with its first row at its start."""
+    found = like.new_zeros(height, sum(block.shape[1] for block in blocks))
+    at = 0
+    for start, block in zip(starts, blocks, strict=True):
+        found[start : start + block.shape[0], at : at + block.shape[1]] = block
+        at += block.shape[1]
+    return found
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, bs: Sequence[Tensor], blocks: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     u = functional.linear(x, a).mul_(scale)
-    rank_at = 0
     if x.dtype != torch.float32:
-        border = weight.new_zeros(weight.shape[0], a.shape[0])
-        for start, b in zip(blocks, bs, strict=True):
-            border[start : start + b.shape[0], rank_at : rank_at + b.shape[1]] = b
-            rank_at += b.shape[1]
+        border = block_diagonal(weight, bs, blocks, weight.shape[0])
         return functional.linear(torch.cat([x, u], -1), torch.cat([weight, border], 1), bias), u
     y = functional.linear(x, weight, bias)
+    rank_at = 0
     for start, b in zip(blocks, bs, strict=True):
         rank = b.shape[1]
         y[:, start : start + b.shape[0]].addmm_(u[:, rank_at : rank_at + rank], b.T)

@@ -35,7 +35,7 @@ from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
 from deepdoctor.kernels.rows import check_contiguous, check_rows
 
-__all__ = ["BROKEN", "SampleSettings", "pack_settings", "penalise", "sample", "uniform"]
+__all__ = ["BROKEN", "SampleSettings", "pack_settings", "penalise", "sample", "uniform", "weaken"]
 
 BROKEN = -1
 """Instead of a token, where the row's largest logit is not finite."""
@@ -249,12 +249,16 @@ def _take(w: Tensor, u: Tensor) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Make tokens seen before less likely: positive logits divided by the penalty, negative ones multiplied.
+    """Make tokens seen before less likely.
 
     logits (n, V) fp32; seen (n, V) bool; penalty (n, 1) fp32; returns (n, V). Source: CTRL (arXiv 1909.05858).
     """
-    weaker = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, weaker, logits)
+    return torch.where(seen, weaken(logits, penalty), logits)
+
+
+def weaken(logits: Tensor, penalty: Tensor) -> Tensor:
+    """Logits (n, m) fp32 under a penalty (n, 1): positive ones divided by it, negative ones multiplied."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def _mixed(h: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepdoctor.errors import ModelError
-from deepdoctor.kernels.sample import BROKEN, SampleSettings, pack_settings, sample
+from deepdoctor.kernels.sample import BROKEN, SampleSettings, pack_settings, sample, weaken
 from deepdoctor.model.sampling import Sampling, settings_of
 
 __all__ = ["Drawer"]
@@ -139,9 +139,8 @@ class _SeenIds:
     def penalise(self, logits: Tensor, first: int, penalty: Tensor) -> Tensor:
         """``kernels.sample.penalise`` of logits (n, V) fp32; penalty (n,)."""
         slots = slice(first, first + len(logits))
-        ids, by = self.ids[slots, : int(self.counts[slots].max())], penalty[:, None]
-        values = logits.gather(1, ids)
-        return logits.scatter(1, ids, torch.where(values > 0, values / by, values * by))
+        ids = self.ids[slots, : int(self.counts[slots].max())]
+        return logits.scatter(1, ids, weaken(logits.gather(1, ids), penalty[:, None]))
 
     def _hold(self, places: int) -> None:
         """Have so many places at least."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepdoctor.kernels.lora_linear import block_diagonal
 from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.model.adapter import Adapter
 from deepdoctor.model.cpu_weights import PackedWeight, has_fp16_products, has_packed_kernels
@@ -71,12 +72,9 @@ class _Linear:
         if not present:
             return None
         a = torch.cat([adapter.a[key].detach() for key, _ in present])
-        rank = adapter.settings.rank
-        b = torch.zeros(rank * len(present), sum(linear.sizes), device=linear.device)
-        for at, (key, start) in enumerate(present):
-            block = adapter.b[key].detach() * adapter.settings.scale
-            b[at * rank : (at + 1) * rank, start : start + block.shape[0]] = block.T
-        return a.to(self.dtype), b.to(self.dtype)
+        blocks = [adapter.b[key].detach() * adapter.settings.scale for key, _ in present]
+        b = block_diagonal(a, blocks, [start for _, start in present], sum(linear.sizes))
+        return a.to(self.dtype), b.T.contiguous().to(self.dtype)
 
     def __call__(self, x: Tensor, switches: Sequence[_Switch], wide: bool) -> Tensor:
         y = self.base(x, wide)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deepdoctor.errors import CacheFull, UsageError
+from deepdoctor.model.block_pool import KVFormat
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.drawer import Drawer
 from deepdoctor.model.paged_runner import PagedRunner, paged_runner
@@ -32,7 +33,7 @@ from deepdoctor.model.sides import BASE, Adapters, by_side, check_side
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Completion", "Generator", "Request", "Words"]
+__all__ = ["Completion", "Generator", "Request", "Words", "check_request"]
 
 REFILL_SHARE = 16
 """New requests are begun where one slot in so many is free, or as many as there are requests left: prompts run together
@@ -87,6 +88,26 @@ class Words:
         """Whether an answer of these ids is still thinking."""
         text = self.decode(ids)
         return self.close not in text and (self.opened or text.lstrip().startswith(self.open))
+
+    def before_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str | None]:
+        """How many ids stand before the first stop text, and the text before it; (all, None) where there is none."""
+        whole = self.decode(ids)
+        at = min((place for text in stop if (place := whole.find(text)) >= 0), default=-1)
+        if at < 0:
+            return len(ids), None
+        keep = len(ids)
+        while keep and len(self.decode(ids[:keep])) > at:
+            keep -= 1
+        return keep, whole[:at]
+
+
+def check_request(request: Request, name: str, words: Words | None) -> None:
+    """Raise UsageError for a request that no generator takes. name: what it is called in the message."""
+    if not request.prompt_ids:
+        raise UsageError(f"{name} has an empty prompt")
+    check_sampling(request.sampling, name)
+    if words is None and (request.sampling.stop or request.sampling.max_thinking_tokens):
+        raise UsageError(f"{name} has a stop text or a thinking limit", "give the generator `words`")
 
 
 class _Answer:
@@ -168,7 +189,7 @@ class Generator:
     bf16 copies of fp32 weights (twice as fast, and rounded like any bf16 model).
     words: needed by requests with stop texts or a thinking limit. runner: "slots" gives every answer room for the
     longest one; "paged" gives room as answers grow, and puts the youngest back in the queue where there is none left;
-    "auto" is "paged" on a GPU.
+    "auto" is "paged" on a GPU. kv_format: what "paged" holds keys and values in: "auto" (as computed), "fp8" or "int8".
     """
 
     def __init__(
@@ -180,6 +201,7 @@ class Generator:
         reduced: bool = False,
         words: Words | None = None,
         runner: Literal["auto", "slots", "paged"] = "auto",
+        kv_format: KVFormat = "auto",
     ):
         self.decoder = decoder
         self.adapters = by_side(adapters)
@@ -188,6 +210,7 @@ class Generator:
         self.reduced = reduced
         self.words = words
         self.runner = runner
+        self.kv_format = kv_format
         self._cancelled: set[object] = set()
         self._ahead = decoder.device.type == "cuda"
         """Whether a step is on its way before the tokens before it are booked."""
@@ -222,7 +245,9 @@ class Generator:
         positions = max(len(r.prompt_ids) + r.sampling.max_new_tokens for r in requests)
         slots = wanted = min(self.slots, len(requests))
         if self.runner == "paged" or (self.runner == "auto" and self.decoder.device.type == "cuda"):
-            return slots, paged_runner(self.decoder, self.adapters, slots, positions)
+            return slots, paged_runner(self.decoder, self.adapters, slots, positions, self.kv_format)
+        if self.kv_format != "auto":
+            raise UsageError(f"kv_format is {self.kv_format}, which only the paged runner has", "set runner to 'paged'")
         slots = fitting_slots(self.decoder, slots, positions)
         if slots < wanted:
             log.info("%d answers at once instead of %d: the GPU has memory for no more", slots, self.slots)
@@ -259,16 +284,12 @@ class Generator:
         limit = self.decoder.config.max_position_embeddings
         for request in requests:
             name = f"request {request.key!r}"
-            if not request.prompt_ids:
-                raise UsageError(f"{name} has an empty prompt")
+            check_request(request, name, self.words)
             if len(request.prompt_ids) >= limit:
                 raise UsageError(
                     f"{name} has a prompt of {len(request.prompt_ids)} tokens; the model takes fewer than {limit}"
                 )
             check_side(request.side, self.adapters, name)
-            check_sampling(request.sampling, name)
-            if self.words is None and (request.sampling.stop or request.sampling.max_thinking_tokens):
-                raise UsageError(f"{name} has a stop text or a thinking limit", "give the generator `words`")
 
     def _dropped(self, waiting: list[_Answer]) -> list[Completion]:
         """Take what was cancelled out of the queue."""
@@ -360,14 +381,10 @@ class Generator:
         tail = completion.ids[-(4 * max(map(len, stop)) + 1) :]
         if not any(text in self.words.decode(tail) for text in stop):
             return False
-        whole = self.words.decode(completion.ids)
-        at = min((place for text in stop if (place := whole.find(text)) >= 0), default=-1)
-        if at < 0:
+        keep, completion.text = self.words.before_stop(completion.ids, stop)
+        if completion.text is None:
             return False
-        completion.text = whole[:at]
-        while completion.ids and len(self.words.decode(completion.ids)) > at:
-            completion.ids.pop()
-        del completion.logprobs[len(completion.ids) :]
+        del completion.ids[keep:], completion.logprobs[keep:]
         return True
 
     def _limit_thinking(self, answer: _Answer, limit: int) -> None:

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from deepdoctor.errors import ModelError, UsageError
-from deepdoctor.kernels.sample import BROKEN, SampleSettings, pack_settings, sample
-from deepdoctor.kernels.sample import penalise as penalise
+from deepdoctor.errors import UsageError
+from deepdoctor.kernels.sample import SampleSettings, pack_settings
 
-__all__ = ["Sampling", "check_sampling", "draw", "settings_of"]
+__all__ = ["Sampling", "check_sampling", "settings_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +83,3 @@ def settings_of(
         device=device,
         out=out,
     )
-
-
-def draw(logits: Tensor, sampling: Sampling, number: int) -> int:
-    """Draw a token from one row of logits (V,) on any device, which are penalised already.
-
-    number: draws of this request before this one. Raises ModelError where the largest logit is not finite.
-    """
-    token = int(sample(logits[None], settings_of([sampling], [number], logits.device)))
-    if token == BROKEN:
-        raise ModelError("the model gave logits that are nan or infinite", "check its weights, or run it in fp32")
-    return token

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepdoctor.errors import UsageError
+from deepdoctor.kernels.lora_linear import block_diagonal
 from deepdoctor.model.adapter import Adapter, LayerAdapter, RowSwitch
 from deepdoctor.model.decoder import Decoder, DecoderLayer, FrozenLinear
 
@@ -61,13 +62,10 @@ class LoraStack:
             return None
         dtype = linear.compute_dtype
         a = torch.cat([adapter.a[key].detach() * adapter.settings.scale for _, adapter, key, _ in found])
-        b = a.new_zeros(sum(linear.sizes[n] for n in projections), a.shape[0])
-        owners: list[int] = []
-        for number, adapter, key, start in found:
-            values = adapter.b[key].detach()
-            rank = values.shape[1]
-            b[start : start + values.shape[0], len(owners) : len(owners) + rank] = values
-            owners += [number] * rank
+        blocks = [adapter.b[key].detach() for _, adapter, key, _ in found]
+        height = sum(linear.sizes[n] for n in projections)
+        b = block_diagonal(a, blocks, [start for *_, start in found], height)
+        owners = [number for (number, *_), block in zip(found, blocks, strict=True) for _ in range(block.shape[1])]
         return LoraStack(a.to(linear.device, dtype).contiguous(), b.to(linear.device, dtype), tuple(owners))
 
     @staticmethod

@@ -57,6 +57,7 @@ _BYTES = _byte_alphabet()
 class Tokenizer:
     """A byte-level BPE vocabulary with its special tokens, chat template and the authors' sampling advice.
 
+    core             the library's own object, for what this class does not offer
     bos_id           begin-of-sequence id, or None; never added by ``encode``
     eos_id           end-of-sequence id
     pad_id           padding id, never equal to eos_id, so that a learnt eos is never masked as padding
@@ -89,7 +90,7 @@ class Tokenizer:
         byte-level, or text that does not come back as it went in.
         """
         self.place = place
-        self._core = core
+        self.core = core
         core.no_truncation()
         core.no_padding()
         self.adds_bos = bos is not None and core.encode("a").ids[:1] == [core.token_to_id(bos)]
@@ -161,7 +162,7 @@ class Tokenizer:
         Raises DataError for text that is not Unicode.
         """
         try:
-            return self._core.encode(text, add_special_tokens=False).ids
+            return self.core.encode(text, add_special_tokens=False).ids
         except TypeError:
             lone = next((n for n, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if lone is None:
@@ -173,7 +174,7 @@ class Tokenizer:
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of ``text`` and the character of it at which each begins."""
-        encoding = self._core.encode(text, add_special_tokens=False)
+        encoding = self.core.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -181,22 +182,22 @@ class Tokenizer:
 
         skip_special: leave out tokens marked special (bos, eos, pad, ...). ``<think>`` and its like are not so marked.
         """
-        return self._core.decode(list(ids), skip_special_tokens=skip_special)
+        return self.core.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_to_id(self, text: str) -> int | None:
         """Return the id of the token spelled ``text`` in the vocabulary, or None."""
-        return self._core.token_to_id(text)
+        return self.core.token_to_id(text)
 
     def token(self, id: int) -> str:
         """Return the token's spelling (``Ġpain`` for " pain"). Raises ModelError for an id outside the vocabulary."""
-        text = self._core.id_to_token(id) if id >= 0 else None
+        text = self.core.id_to_token(id) if id >= 0 else None
         if text is None:
             raise ModelError(f"{self.place} has no token {id}; ids run from 0 to {self.vocab_size - 1}")
         return text
 
     def token_bytes(self, id: int) -> bytes:
         """Return the UTF-8 bytes, possibly part of a character, that the token stands for; none for an unknown id."""
-        text = self._core.id_to_token(id)
+        text = self.core.id_to_token(id)
         if text is None:
             return b""
         try:
@@ -231,12 +232,12 @@ class Tokenizer:
         if chat_template is not None:
             config["chat_template"] = chat_template
             template.write_text(chat_template, encoding="utf-8", newline="")
-        self._core.save(str(folder / "tokenizer.json"))
+        self.core.save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", {**config, **(extra or {})})
         _write_json(folder / "special_tokens_map.json", named)
 
     def _known(self, text: str, role: str) -> int:
-        found = self._core.token_to_id(text)
+        found = self.core.token_to_id(text)
         if found is None:
             raise ModelError(
                 f"{self.place}: {role} {text!r} is not in the vocabulary of {self.vocab_size} tokens", _AGAIN
@@ -245,7 +246,7 @@ class Tokenizer:
 
     def _choose_pad(self, configured: str | None) -> int:
         for text in (configured, *_PAD_TOKENS):
-            found = None if text is None else self._core.token_to_id(text)
+            found = None if text is None else self.core.token_to_id(text)
             if found is not None and found != self.eos_id:
                 return found
         raise ModelError(
@@ -266,9 +267,9 @@ class Tokenizer:
                     "use the tokenizer.json its publisher ships; copies saved by transformers before 5.22 may lack "
                     "the spaces, and SentencePiece vocabularies that put a space before each piece are not supported",
                 )
-        if type(self._core.decoder).__name__ != "ByteLevel":
+        if type(self.core.decoder).__name__ != "ByteLevel":
             raise ModelError(
-                f"{self.place}: decoder {type(self._core.decoder).__name__} is not supported, only ByteLevel",
+                f"{self.place}: decoder {type(self.core.decoder).__name__} is not supported, only ByteLevel",
                 "byte-level BPE is what Llama 3, Qwen 2/3, SmolLM2 and the R1 distills use",
             )
 
@@ -281,7 +282,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
         self._tokenizer = tokenizer
-        added = tokenizer._core.get_added_tokens_decoder() if skip_special else {}
+        added = tokenizer.core.get_added_tokens_decoder() if skip_special else {}
         self._skip = frozenset(i for i, token in added.items() if token.special)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

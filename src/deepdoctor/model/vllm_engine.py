@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepdoctor.errors import EngineError, UsageError
-from deepdoctor.model.generate import Completion, Request, Words
-from deepdoctor.model.sampling import check_sampling
+from deepdoctor.model.generate import Completion, Request, Words, check_request
 from deepdoctor.model.sides import BASE
 from deepdoctor.model.vllm_http import Broken, Call, Link, as_json
 
@@ -157,11 +156,7 @@ class VllmGenerator:
     def _check(self, requests: Sequence[Request]) -> None:
         for request in requests:
             name, s = f"request {request.key!r}", request.sampling
-            if not request.prompt_ids:
-                raise UsageError(f"{name} has an empty prompt")
-            check_sampling(s, name)
-            if self.words is None and (s.stop or s.max_thinking_tokens):
-                raise UsageError(f"{name} has a stop text or a thinking limit", "give the generator `words`")
+            check_request(request, name, self.words)
             if s.logprobs and s.max_thinking_tokens:
                 raise UsageError(
                     f"{name} wants log probabilities and a thinking limit; a vLLM server gives none for tokens that "
@@ -243,7 +238,8 @@ class VllmGenerator:
                 end.cut_off = part.cut_off
                 ids = ids + part.ids
         if s.stop:
-            end.keep, end.text = self._before_stop(ids, s.stop)
+            assert self.words is not None
+            end.keep, end.text = self.words.before_stop(ids, s.stop)
             end.cut_off &= end.text is None
         return end
 
@@ -293,7 +289,8 @@ class VllmGenerator:
             part.cut_off = ended == "length" and len(ids) == len(choice["token_ids"])
             part.ids += ids
             if ended and s.stop:
-                del ids[max(self._before_stop(part.ids, s.stop)[0] - len(part.ids) + len(ids), 0) :]
+                assert self.words is not None
+                del ids[max(self.words.before_stop(part.ids, s.stop)[0] - len(part.ids) + len(ids), 0) :]
                 del scores[len(ids) :]
             tell(ids, scores)
             return bool(ended)
@@ -316,18 +313,6 @@ class VllmGenerator:
                 ) from None
 
         return self.link.send("POST", "/v1/completions", body, read, asked.call)
-
-    def _before_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str | None]:
-        """How many ids stand before the first stop text, and the text before it; (all, None) where there is none."""
-        assert self.words is not None
-        whole = self.words.decode(ids)
-        at = min((place for text in stop if (place := whole.find(text)) >= 0), default=-1)
-        if at < 0:
-            return len(ids), None
-        keep = len(ids)
-        while keep and len(self.words.decode(ids[:keep])) > at:
-            keep -= 1
-        return keep, whole[:at]
 
     @staticmethod
     def _book(
