@@ -1,7 +1,7 @@
 """Answering beside transformers and Unsloth: same weights, adapter, prompts and number of tokens, greedy, no stop.
 
     python benchmarks/bench_generate.py [--rows rows.jsonl --tokenizer DIR] [--base DIR] [--peers SITE_DIR]
-        [--cases one_stream,...] [--systems deepdoctor,...] [--new-tokens N] [--rounds N] [--out FILE]
+        [--cases one_stream,...] [--systems deepdoctor,...] [--new-tokens N] [--peer-tokens N] [--rounds N] [--out FILE]
 
 Without --cases: those of the GPU where there is one, else those of the CPU, which need no other argument.
 --rows: JSONL with Question, Complex_CoT, Response. --tokenizer: folder with a Llama 3.1 tokenizer.json and
@@ -9,11 +9,13 @@ tokenizer_config.json, needed where --base does not exist yet: it is written (ra
 DeepSeek-R1-Distill-Llama-8B, 16 GB), and thrown away afterwards where it is not given. --peers: site folder for the
 peers, see peers/README.md. --tiny (a CPU suffices) is for trials and keeps no results unless --out is given.
 
-Every (case, system) runs in a process of its own, one after another; one that fails leaves its error in the table. On
-the CPU the systems take turns, three rounds, and the median counts. Prompts are the tutorial's, of the rows nearest to
-150 tokens; a repeated row gets a number, so that none are equal. Peers get the same token ids, padded on the left.
-Prints one table and adds to benchmarks/results/generate_<gpu|cpu>_<date>.json: a later command of the same day replaces
-what it measured again.
+On a GPU one process of a system answers all cases of a number format in the order below, and loads once. On the CPU
+every (case, system) has a process of its own, the systems take turns, three rounds, and the median counts. Processes
+run one after another, each for --timeout at most; a case that fails leaves its error in the table, and those before it
+stay. Prompts are the tutorial's, of the rows nearest to 150 tokens; a repeated row gets a number, so that none are
+equal. Peers get the same token ids, padded on the left; --peer-tokens has them write another number of tokens than
+ours, where time is short. Prints one table and adds to benchmarks/results/generate_<gpu|cpu>_<date>.json, case by case
+as they end: a later command of the same day replaces what it measured again.
 
 Cases
 one_stream       8B, NF4, with an adapter of rank 16 on all seven projections and random B; 1,000 tokens
@@ -24,10 +26,11 @@ cpu_one_stream   the embedded SmolLM2-135M, no adapter, 128 tokens
 cpu_streams16    16 at once, 48 tokens
 
 tok/s: new tokens after the last stream's first, over the time from there to the end. With prefill: all new tokens over
-the whole call. First token: from the call to the first token of the first stream, model loaded and warm; cold: from the
-command. Bandwidth: bytes that a step must read (weights as this system holds them, keys and values of the mean length)
-times steps per second, over the bytes read and written per second by a large copy. Same: leading tokens of the first
-stream that equal ours, of 32. Peaks: PyTorch's allocator on a GPU, resident memory on a CPU.
+the whole call. First token: from the call to the first token of the first stream, model loaded and warm; cold: from
+the command, in the first case of a process. Bandwidth: bytes that a step must read (weights as this system holds them,
+keys and values of the mean length) times steps per second, over the bytes read and written per second by a large copy.
+Same: leading tokens of the first stream that equal ours, of 32. Peaks: PyTorch's allocator on a GPU, resident memory
+on a CPU.
 """
 
 from __future__ import annotations
@@ -35,19 +38,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, copy_rate, device_name, merge_results, result_path, spread, write_results
+from bench_generate_ours import answer_all, write_adapter, write_prompts
 from bench_inputs import write_base
-from bench_train import end_with_children, environment, our_environment, run_child
+from bench_train import end_with_children, environment, our_environment, run_child, run_process
 from deepdoctor.cpu import lost_share, prepare_cpu
 
 CASES: dict[str, dict[str, Any]] = {
@@ -74,155 +78,25 @@ PEERS: dict[tuple[str, str], list[dict[str, Any]]] = {
 }
 """What a peer changes of its case; of several the fastest counts."""
 SYSTEMS = ("deepdoctor", "unsloth", "transformers")
-PROMPT_TOKENS = 150
-WARM_UP_TOKENS = 16
-B_STD = 0.05
-"""Spread of the random B: the adapter then changes a product by about a tenth."""
-STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
-"""When the benchmark started this process, seconds since the epoch."""
+
+
+@dataclass
+class Run:
+    """A case of a system in one of its settings, and what each round found.
+
+    changed: what a peer changes of the case. job: settings that the process gets.
+    """
+
+    case: str
+    system: str
+    changed: dict[str, Any]
+    job: dict[str, Any]
+    results: list[dict[str, Any]] = field(default_factory=list)
 
 
 def on_cpu(case: str) -> bool:
     """Whether the case is one of the CPU's."""
     return case.startswith("cpu_")
-
-
-def write_prompts(base: Path, rows: str, count: int, target: Path) -> dict[str, Any]:
-    """Write the token ids of ``count`` different prompts, nearest to PROMPT_TOKENS first."""
-    from deepdoctor.data.prompt import Prompt
-    from deepdoctor.data.sources import load_rows
-    from deepdoctor.model.load import load_tokenizer
-    from deepdoctor.recipe import DataSection
-
-    prompt = Prompt(load_tokenizer(base), "tutorial")
-    questions = list(dict.fromkeys(row.question for row in load_rows(DataSection(source=rows))))
-    repeats = range(-(-count // len(questions)))
-    texts = [f"Case {n + 1}. {question}" if n else question for n in repeats for question in questions]
-    ids = sorted((prompt.prompt_ids(text) for text in texts), key=lambda ids: abs(len(ids) - PROMPT_TOKENS))[:count]
-    target.write_text(json.dumps(ids), encoding="utf-8")
-    return {"longest": max(map(len, ids)), "shortest": min(map(len, ids))}
-
-
-def write_adapter(base: Path, folder: Path) -> None:
-    """Write an adapter whose B is not zero, so that it acts."""
-    import torch
-
-    from deepdoctor.model.adapter import Adapter, LoraSettings
-    from deepdoctor.model.config import ModelConfig
-
-    adapter = Adapter(ModelConfig.from_folder(base), LoraSettings(rank=16, alpha=16))
-    generator = torch.Generator().manual_seed(1)
-    for b in adapter.b.values():
-        b.data.normal_(0, B_STD, generator=generator)
-    adapter.save(folder, str(base))
-
-
-class _Clock:
-    """When tokens came: ``on_token`` of the generator. Requests are numbered by their key."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.count = 0
-        self.begun: set[object] = set()
-        self.first_token_s = self.prefill_s = 0.0
-        self.early = 0
-        self.stamps: list[float] = []
-        self.ids: list[int] = []
-
-    def __call__(self, request: Any, token: int) -> None:
-        now = time.perf_counter() - self.started
-        self.count += 1
-        if request.key not in self.begun:
-            self.first_token_s = self.first_token_s or now
-            self.begun.add(request.key)
-            self.prefill_s, self.early = now, self.count
-        if request.key == 0:
-            self.stamps.append(now)
-            self.ids.append(token)
-
-
-def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Our side: load, warm up, answer, and return figures.
-
-    early_tokens: come when the last stream got its first. stamps_s: when the first stream's came.
-    """
-    started = time.perf_counter()
-    import torch
-
-    from deepdoctor.model.adapter import Adapter
-    from deepdoctor.model.generate import Generator, Request
-    from deepdoctor.model.load import choose_device, load_decoder
-    from deepdoctor.model.sampling import Sampling
-
-    import_s = time.perf_counter() - started
-    device = choose_device("auto")
-    cuda = device.type == "cuda"
-    prompts = json.loads(Path(job["prompts"]).read_text(encoding="utf-8"))[: job["streams"]]
-    torch.zeros(1, device=device)  # the CUDA context is no part of the load
-    started = time.perf_counter()
-    decoder = load_decoder(Path(job["base"]), job["precision"], device)
-    adapter = None
-    if job["adapter"]:
-        adapter = Adapter.load(Path(job["adapter"]), decoder.config).to(decoder.device).eval()
-    if cuda:
-        torch.cuda.synchronize()
-    load_s = time.perf_counter() - started
-    generator = Generator(decoder, adapter, (), slots=job["streams"], reduced=True)
-
-    def requests(new_tokens: int) -> list[Request]:
-        sampling = Sampling(max_new_tokens=new_tokens)
-        sides = ("base" if adapter is None else "tuned", "base")
-        return [Request(ids, sampling, sides[number % 2], number) for number, ids in enumerate(prompts)]
-
-    clock = _Clock()
-    list(generator.run(requests(min(WARM_UP_TOKENS, job["new_tokens"])), clock))
-    to_first_token_s = time.time() - STARTED - (time.perf_counter() - clock.started) + clock.first_token_s
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    clock = _Clock()
-    written = sum(len(completion.ids) for completion in generator.run(requests(job["new_tokens"]), clock))
-    total_s = time.perf_counter() - clock.started
-    assert written == clock.count == len(prompts) * job["new_tokens"], (written, clock.count)
-    weight_bytes, kv_bytes = step_bytes(decoder, adapter, job["streams"])
-    return {
-        "prompt_tokens": sum(map(len, prompts)),
-        "tokens": written,
-        "first_token_s": clock.first_token_s,
-        "prefill_s": clock.prefill_s,
-        "early_tokens": clock.early,
-        "total_s": total_s,
-        "stamps_s": clock.stamps,
-        "ids": clock.ids[:32],
-        "weight_bytes": weight_bytes,
-        "kv_bytes_per_token": kv_bytes,
-        "import_s": import_s,
-        "load_s": load_s,
-        "to_first_token_s": to_first_token_s,
-        "held": f"{decoder.precision}, activations {decoder.compute_dtype}",
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
-        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def step_bytes(decoder: Any, adapter: Any, streams: int) -> tuple[float, int]:
-    """Bytes of weights that a step of ours reads, and of keys and values of one token."""
-    import torch
-
-    from deepdoctor.model.cpu_weights import FEW_ROWS, four_bit_grid, has_fp16_products
-
-    config = decoder.config
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    if decoder.packed_head is None:
-        embedding = 0 if decoder.head is decoder.embedding else decoder.embedding.nbytes
-        lora = 0 if adapter is None else adapter.trainable_parameters * decoder.compute_dtype.itemsize
-        return decoder.nbytes - embedding + lora, values * decoder.compute_dtype.itemsize
-    matrices: list[torch.Tensor] = [decoder.head, *(linear.weight for la in decoder.layers for linear in la.linears)]
-    # 4 bits with a scale and an offset in bf16 per 32 weights, or 16 bits.
-    packed = [0.625 if streams <= FEW_ROWS and four_bit_grid(w) is not None else 2.0 for w in matrices]
-    read = sum(size * weight.numel() for size, weight in zip(packed, matrices, strict=True))
-    return read, values * (2 if has_fp16_products() else 4)
 
 
 def child(job: dict[str, Any]) -> None:
@@ -244,7 +118,7 @@ def child(job: dict[str, Any]) -> None:
     elif task == "adapter":
         write_adapter(Path(job["base"]), Path(job["adapter"]))
     else:
-        result = answer(job)
+        return answer_all(job["jobs"])
     print("RESULT", json.dumps(result), flush=True)
 
 
@@ -306,44 +180,78 @@ def setting_of(system: str, job: dict[str, Any], changed: dict[str, Any]) -> str
     return ", ".join([*words, *(["static cache, compiled"] if changed.get("cache") == "static" else [])])
 
 
-def run_case(
-    case: str, place: dict[str, Any], arguments: argparse.Namespace, work: Path, hidden: dict[str, str]
-) -> list[dict[str, Any]]:
-    """One case: its systems in turns, round by round. place: base, adapter, prompts, longest, copy_gb_per_s."""
+def runs_of(case: str, place: dict[str, Any], arguments: argparse.Namespace) -> list[Run]:
+    """What there is to run of a case. place: base, adapter, prompts, longest."""
     chosen = CASES[case]
     job = {key: place[key] for key in ("base", "prompts")}
     job |= {"streams": chosen["streams"], "new_tokens": arguments.new_tokens or chosen["new_tokens"]}
     job |= {"precision": chosen["precision"], "adapter": place["adapter"] if chosen["tuned"] else None}
-    job["positions"] = place["longest"] + job["new_tokens"]
-    runs: list[tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = []
+    runs = []
     for system in arguments.systems.split(","):
-        for changed in [{}] if system == "deepdoctor" else PEERS.get((case, system), []):
-            runs.append((system, changed, job | changed, []))
-    for _ in range(arguments.rounds or (3 if on_cpu(case) else 1)):
-        for system, _, settings, results in runs:
-            folder = work / system  # where a peer keeps what it compiles, for all its runs
-            folder.mkdir(exist_ok=True)
-            busy = {"load_average": os.getloadavg()[0], "lost_share": lost_share(2) if on_cpu(case) else None}
-            if system == "deepdoctor":
-                command, env = command_of(settings | {"task": "answer"}), our_environment()
-            else:
-                script = ROOT / "benchmarks" / "peers" / f"generate_{system}.py"
-                command, env = [sys.executable, str(script), json.dumps(settings)], environment(arguments.peers)
-            found = run_child(command, env | hidden, folder, arguments.timeout)
-            results.append({**finish(found, settings, place["copy_gb_per_s"]), **busy})
-            said = f"{results[-1]['tokens_per_s']:,.1f} tok/s" if "error" not in found else found["error"][-300:]
-            print(f"{case} {system} {settings['precision']}: {said}", file=sys.stderr, flush=True)
-    entries = []
-    for system in dict.fromkeys(system for system, *_ in runs):
-        variants = [
-            {"case": case, "system": system, "setting": setting_of(system, settings, changed), **of_rounds(results)}
-            for name, changed, settings, results in runs
-            if name == system
-        ]
+        ours = system == "deepdoctor"
+        for changed in [{}] if ours else PEERS.get((case, system), []):
+            run = Run(case, system, changed, job | changed)
+            if not ours and arguments.peer_tokens:
+                run.job["new_tokens"] = arguments.peer_tokens
+            run.job["positions"] = place["longest"] + run.job["new_tokens"]
+            runs.append(run)
+    return runs
+
+
+def processes(runs: list[Run]) -> list[list[Run]]:
+    """The runs that a process does: one on the CPU, on a GPU all of a system, number format and adapter."""
+    found: dict[Any, list[Run]] = {}
+    for number, run in enumerate(runs):
+        key = number if on_cpu(run.case) else (run.system, run.job["precision"], run.job["adapter"])
+        found.setdefault(key, []).append(run)
+    return [*found.values()]
+
+
+def run_round(
+    runs: list[Run],
+    arguments: argparse.Namespace,
+    work: Path,
+    hidden: dict[str, str],
+    copy_gb_per_s: float,
+    ended: Callable[[], None],
+) -> None:
+    """Start a process and have it do its runs. ended: called after each of them, whose results have grown by one."""
+    system, jobs = runs[0].system, [run.job for run in runs]
+    folder = work / system  # where a peer keeps what it compiles, for all its runs
+    folder.mkdir(exist_ok=True)
+    busy = {"load_average": os.getloadavg()[0], "lost_share": lost_share(2) if on_cpu(runs[0].case) else None}
+    waiting = dict(enumerate(runs))
+
+    def heard(found: dict[str, Any]) -> None:
+        run = waiting.pop(found.pop("number"))
+        run.results.append({**finish(found, run.job, copy_gb_per_s), **busy})
+        said = f"{run.results[-1]['tokens_per_s']:,.1f} tok/s" if "error" not in found else found["error"][-300:]
+        print(f"{run.case} {system} {run.job['precision']}: {said}", file=sys.stderr, flush=True)
+        ended()
+
+    if system == "deepdoctor":
+        command, env = command_of({"task": "answer", "jobs": jobs}), our_environment()
+    else:
+        script = ROOT / "benchmarks" / "peers" / f"generate_{system}.py"
+        command, env = [sys.executable, str(script), json.dumps(jobs)], environment(arguments.peers)
+    ending = run_process(command, env | hidden, folder, arguments.timeout, heard)
+    for number in [*waiting]:
+        heard({"number": number, "error": ending})
+
+
+def entries(runs: list[Run]) -> list[dict[str, Any]]:
+    """What the result file says of the runs that have results: an entry for each case and system."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in (run for run in runs if run.results):
+        setting = setting_of(run.system, run.job, run.changed)
+        entry = {"case": run.case, "system": run.system, "setting": setting, **of_rounds(run.results)}
+        found.setdefault((run.case, run.system), []).append(entry)
+    listed = []
+    for variants in found.values():
         best = max(variants, key=lambda entry: entry.get("tokens_per_s") or 0.0)
         others = [entry for entry in variants if entry is not best]
-        entries.append(best | ({"others": others} if others else {}))
-    return entries
+        listed.append(best | ({"others": others} if others else {}))
+    return listed
 
 
 def ratio(ours: dict[str, Any], peers: list[dict[str, Any]]) -> float | None:
@@ -375,7 +283,8 @@ def table(cases: list[dict[str, Any]]) -> list[str]:
         times = ratio(entry, peers) if entry is ours else None
         rounds = entry["tokens_per_s_rounds"]
         wanted = ours.get("ids", [])
-        same = next((n for n, (a, b) in enumerate(zip(entry["ids"], wanted, strict=False)) if a != b), len(wanted))
+        pairs = [*zip(entry["ids"], wanted, strict=False)]
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
         share = entry.get("share_of_bandwidth")
         rows.append(
             (
@@ -387,7 +296,7 @@ def table(cases: list[dict[str, Any]]) -> list[str]:
                 "" if times is None else f"{times:.2f}",
                 "" if share is None else f"{share:.0%}",
                 f"{entry['first_token_s']:.3f}",
-                f"{entry['to_first_token_s']:.1f}",
+                "" if entry["to_first_token_s"] is None else f"{entry['to_first_token_s']:.1f}",
                 f"{entry['peak_gib'] or entry['host_peak_gib']:.2f}",
                 f"{entry['import_s']:.1f}",
                 f"{entry['load_s']:.1f}",
@@ -409,6 +318,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", help="default: those of the GPU where there is one, else those of the CPU")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--new-tokens", type=int, help="default: 1000; on the CPU 128 for one stream, 48 for 16")
+    parser.add_argument("--peer-tokens", type=int, help="tokens that peers write; default: as many as ours")
     parser.add_argument("--rounds", type=int, help="default: 1; on the CPU 3")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a child may take")
     parser.add_argument("--layers", type=int, help="write a base with fewer layers")
@@ -430,7 +340,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse, write what is missing, run the children, print the table, write the file after each case."""
+    """Parse, write what is missing, run the children, print the table, write the file whenever a case ends."""
     arguments = parse()
     if arguments.child:
         return child(json.loads(arguments.child))
@@ -439,7 +349,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="bench_generate_"))
     try:
         if arguments.cases:
-            chosen = arguments.cases.split(",")
+            chosen = [case for case in CASES if case in arguments.cases.split(",")]
         else:
             gpu = helper({"task": "machine"}, work, {})["gpu"] != "cpu"
             chosen = [case for case in CASES if on_cpu(case) != gpu]
@@ -459,7 +369,7 @@ def measure(cases: list[str], cpu: bool, arguments: argparse.Namespace, work: Pa
     if gpu == "cpu" and not cpu and not arguments.tiny:
         raise SystemExit(f"{', '.join(cases)}: there is no GPU; --tiny tries them on a CPU")
     base = place_base(cpu, arguments, work)
-    place: dict[str, Any] = {"base": str(base), "adapter": str(work / "adapter"), "copy_gb_per_s": rate}
+    place: dict[str, Any] = {"base": str(base), "adapter": str(work / "adapter")}
     place["prompts"] = str(work / f"prompts_{'cpu' if cpu else 'gpu'}.json")
     rows = arguments.rows or "embedded:rows"
     count = max(CASES[case]["streams"] for case in cases)
@@ -473,11 +383,18 @@ def measure(cases: list[str], cpu: bool, arguments: argparse.Namespace, work: Pa
     shape = {"layers": arguments.layers, "tiny": arguments.tiny} if not cpu else {}
     head = {"copy_gb_per_s": rate, "machine": machine["machine"], "spins": os.environ.get("GOMP_SPINCOUNT"), **shape}
     head |= {"rows": Path(rows).name, "prompt_tokens": [lengths["shortest"], lengths["longest"]]}
+    runs = {case: runs_of(case, place, arguments) for case in cases}
     merged: list[dict[str, Any]] = []
-    for case in cases:
-        found = run_case(case, place, arguments, work, hidden)
-        merged = merge_results(path, gpu, found, ("case", "system"))
+
+    def ended() -> None:
+        merged[:] = merge_results(path, gpu, entries([*chain(*runs.values())]), ("case", "system"))
         write_results("generate", gpu, str(path), {**head, "cases": merged})
+
+    # On the CPU the rounds of a case follow one another.
+    for batch in [*runs.values()] if cpu else [[*chain(*runs.values())]]:
+        for _ in range(arguments.rounds or (3 if cpu else 1)):
+            for process in processes(batch):
+                run_round(process, arguments, work, hidden, rate, ended)
     print("\n".join(table(merged)))
     print(path)
 

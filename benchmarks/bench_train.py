@@ -37,7 +37,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,34 +87,60 @@ def end_with_children() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def run_child(command: list[str], env: dict[str, str], cwd: Path, timeout_s: float) -> dict[str, Any]:
-    """Run a process group and return what its last RESULT line holds, or {"error": ...}."""
-    env = {**env, "BENCH_STARTED": repr(time.time())}
-    started = time.perf_counter()
+def run_process(
+    command: list[str], env: dict[str, str], cwd: Path, timeout_s: float, heard: Callable[[dict[str, Any]], None]
+) -> str:
+    """Run a process group and return the end of what it said beside its results, and how it ended.
+
+    heard: called with what each RESULT line holds, as soon as it comes.
+    """
     child = subprocess.Popen(
         command,
-        env=env,
+        env={**env, "BENCH_STARTED": repr(time.time())},
         cwd=cwd,
         text=True,
+        errors="replace",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    try:
-        output, _ = child.communicate(timeout=timeout_s)
-        failure = f"exit code {child.returncode}"
-    except subprocess.TimeoutExpired:
+    assert child.stdout is not None
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
         os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        failure = f"stopped after {timeout_s:.0f} s"
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.daemon = True
+    timer.start()
+    said = []
+    try:
+        for line in child.stdout:
+            # A line without its end was cut off with the process.
+            if line.startswith("RESULT ") and line.endswith("\n"):
+                heard(json.loads(line.removeprefix("RESULT ")))
+            else:
+                said.append(line)
+        child.wait()
     except BaseException:
         # A child that goes on would slow down whatever is measured next.
         os.killpg(child.pid, signal.SIGKILL)
         raise
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    if lines:
-        return {**json.loads(lines[-1].removeprefix("RESULT ")), "wall_s": time.perf_counter() - started}
-    return {"error": f"{failure}: {output[-3000:]}"}
+    finally:
+        timer.cancel()
+    ending = f"stopped after {timeout_s:.0f} s" if late.is_set() else f"exit code {child.returncode}"
+    return f"{''.join(said)[-3000:]}\n{ending}".strip()
+
+
+def run_child(command: list[str], env: dict[str, str], cwd: Path, timeout_s: float) -> dict[str, Any]:
+    """Run a process group and return what its last RESULT line holds, or {"error": ...}."""
+    started = time.perf_counter()
+    results: list[dict[str, Any]] = []
+    ending = run_process(command, env, cwd, timeout_s, results.append)
+    if results:
+        return {**results[-1], "wall_s": time.perf_counter() - started}
+    return {"error": ending}
 
 
 def environment(peers: str | None) -> dict[str, str]:

@@ -1,16 +1,19 @@
 """What both peers share when they answer: prompts padded on the left, the clock and the result line.
 
-Settings: prompts (JSON file, token ids of each prompt), streams, new_tokens, positions (longest prompt and answer),
-base, adapter (PEFT folder or null), precision ("nf4", "bf16" or "fp32"), cache ("dynamic" or "static", the latter
-compiled by transformers).
+A script's argument is a JSON list of jobs, answered in turn by one process. A job: prompts (JSON file, token ids of
+each prompt), streams, new_tokens, positions (longest prompt and answer), cache ("dynamic" or "static", the latter
+compiled by transformers); and, the same in all, base, adapter (PEFT folder or null), precision ("nf4", "bf16" or
+"fp32").
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,27 @@ def _kv_bytes(config: Any, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
 
 
-def run(model: Any, settings: dict[str, Any], import_s: float, load_s: float) -> None:
-    """Answer the first ``streams`` prompts at once, greedy, ``new_tokens`` tokens each, and print the result line."""
+def run(model: Any, jobs: list[dict[str, Any]], import_s: float, load_s: float) -> None:
+    """Do the jobs in turn, and print the result line of each as soon as it is there.
+
+    A job that fails says so in its line, and the next is tried.
+    """
+    for number, job in enumerate(jobs):
+        try:
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+            result = _answer(model, job)
+        except Exception:
+            result = {"error": traceback.format_exc()[-3000:]}
+        if number:
+            result["to_first_token_s"] = None  # the jobs before it are no part of a start
+        result |= {"number": number, "import_s": import_s, "load_s": load_s}
+        print("RESULT", json.dumps(result), flush=True)
+
+
+def _answer(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Answer the first ``streams`` prompts at once, greedy, ``new_tokens`` tokens each, and return figures."""
     prompts = json.loads(Path(settings["prompts"]).read_text(encoding="utf-8"))[: settings["streams"]]
     longest = max(map(len, prompts))
     pad = model.config.eos_token_id
@@ -110,7 +132,7 @@ def run(model: Any, settings: dict[str, Any], import_s: float, load_s: float) ->
     written = out[:, longest:]
     assert written.shape == (len(prompts), new_tokens), written.shape
     first = clock.stamps[0] - started
-    result = {
+    return {
         "prompt_tokens": sum(map(len, prompts)),
         "tokens": written.numel(),
         "first_token_s": first,
@@ -121,12 +143,9 @@ def run(model: Any, settings: dict[str, Any], import_s: float, load_s: float) ->
         "ids": written[0, :32].tolist(),
         "weight_bytes": _weight_bytes(model),
         "kv_bytes_per_token": _kv_bytes(model.config, DTYPES[settings["precision"]]),
-        "import_s": import_s,
-        "load_s": load_s,
         "to_first_token_s": to_first_token_s,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
         "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "threads": torch.get_num_threads(),
     }
-    print("RESULT", json.dumps(result), flush=True)

@@ -1,4 +1,4 @@
-"""transformers + PEFT + bitsandbytes answering: ``python generate_transformers.py '{"base": ..., ...}'``."""
+"""transformers + PEFT + bitsandbytes answering: ``python generate_transformers.py '[{"base": ..., ...}, ...]'``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ started = time.perf_counter()
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-settings = json.loads(sys.argv[1])
+jobs = json.loads(sys.argv[1])
+settings = jobs[0]  # what is read here is the same in all
 if settings["adapter"]:
     from peft import PeftModel
 
@@ -41,4 +42,4 @@ if settings["adapter"]:
 model.eval()
 if DEVICE == "cuda":
     torch.cuda.synchronize()
-run(model, settings, import_s, time.perf_counter() - started)
+run(model, jobs, import_s, time.perf_counter() - started)

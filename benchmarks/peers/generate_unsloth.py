@@ -1,4 +1,4 @@
-"""Unsloth answering, in its inference mode: ``python generate_unsloth.py '{"base": ..., "prompts": ..., ...}'``."""
+"""Unsloth answering, in its inference mode: ``python generate_unsloth.py '[{"base": ..., ...}, ...]'``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from generate_run import DTYPES, lora_parameters, run
 from peer_run import LORA
 from safetensors.torch import load_file
 
-settings = json.loads(sys.argv[1])
+jobs = json.loads(sys.argv[1])
+settings = jobs[0]  # what is read here is the same in all
 started = time.perf_counter()
 model, _ = FastLanguageModel.from_pretrained(
     model_name=settings["base"],
-    max_seq_length=settings["positions"],
+    max_seq_length=max(job["positions"] for job in jobs),
     dtype=DTYPES[settings["precision"]],
     load_in_4bit=settings["precision"] == "nf4",
 )
@@ -42,4 +43,4 @@ if settings["adapter"]:
         parameter.data.copy_(values[name])
 FastLanguageModel.for_inference(model)
 torch.cuda.synchronize()
-run(model, settings, import_s, time.perf_counter() - started)
+run(model, jobs, import_s, time.perf_counter() - started)
