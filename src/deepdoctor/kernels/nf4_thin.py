@@ -12,7 +12,9 @@ of the sum hangs on shape and tiling alone.
 On a GPU both ops may be captured in a CUDA graph: what they read and write has a fixed address, and nothing waits for
 the device. A scratch serves one call at a time; calls on one stream may share it.
 
-The PyTorch code below is the reference and the CPU path; ``nf4_thin_triton.py`` holds the kernels.
+The PyTorch code below is the reference and the CPU path. ``nf4_thin_cuda.py`` holds the kernel for up to 16 rows on
+cards from compute capability 8.0 on, ``nf4_thin_triton.py`` the one for more rows, for other cards, and for where CUDA
+C++ cannot be compiled.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.nf4 import NF4Weight, dequantize_nf4
+from deepdoctor.kernels.nf4 import NESTED_BLOCK_SIZE, NF4Weight, dequantize_nf4
 from deepdoctor.kernels.rows import FLOAT_DTYPES, check_contiguous, check_rows
 
 if TYPE_CHECKING:
+    from deepdoctor.kernels.nf4_thin_cuda import CudaThinLaunch
     from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, ThinTiling
 
 __all__ = ["THIN_RANK", "THIN_ROWS", "ThinLinear", "thin_lora"]
@@ -37,6 +40,9 @@ THIN_ROWS = 32
 """Most rows of x: beyond, the weights are better written out and multiplied."""
 THIN_RANK = 64
 """Most columns of u."""
+BLOCK = 64
+SPAN = 256
+"""Columns that the kernels take at once."""
 
 
 class ThinLinear:
@@ -47,7 +53,8 @@ class ThinLinear:
     bias     (O,) or None
     lora     L (O, R), R <= 64, or None
     impl     "triton" needs bf16 or fp16 and parts as published checkpoints have them: double-quantised in blocks of 64,
-             I a multiple of 256; "auto" takes PyTorch for anything else
+             I a multiple of 256; "auto" takes PyTorch for anything else, and CUDA C++ before Triton
+    tiling   of the Triton kernel, which is taken then
 
     All tensors are read at every call, at the address they have now. Raises KernelInputError on any mismatch above.
     """
@@ -85,11 +92,16 @@ class ThinLinear:
         if self.rank > THIN_RANK:
             raise KernelInputError(f"ThinLinear: lora has {self.rank} columns, expected at most {THIN_RANK}")
         self._launch: ThinLaunch | None = None
+        self._few: CudaThinLaunch | None = None
+        """For a few rows, where there is one."""
         if use_triton(impl, like):
-            from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, takes
+            from deepdoctor.kernels.nf4_thin_cuda import PARTS, CudaThinLaunch, can_launch
+            from deepdoctor.kernels.nf4_thin_triton import ThinLaunch
 
-            if takes(parts, dtype):
+            if _as_published(parts, dtype):
                 self._launch = ThinLaunch(parts, dtype, bias, lora, tiling)
+                if impl == "auto" and tiling is None and len(parts) <= PARTS and can_launch(self.device):
+                    self._few = CudaThinLaunch(parts, dtype, bias, lora)
             elif impl == "triton":
                 raise KernelInputError(
                     f"ThinLinear: impl is 'triton', but parts {[part.shape for part in parts]} in {dtype} are not "
@@ -99,12 +111,22 @@ class ThinLinear:
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernel runs it, rather than PyTorch."""
+        """Whether a kernel runs it, rather than PyTorch."""
         return self._launch is not None
 
     def scratch_elements(self, rows: int) -> int:
         """Return how many fp32 elements of scratch a call with ``rows`` rows needs; 0 in PyTorch."""
-        return 0 if self._launch is None else self._launch.splits * rows * self.out_features
+        launch = self._launch_for(rows)
+        return 0 if launch is None else launch.scratch_elements(rows)
+
+    def _launch_for(self, rows: int) -> ThinLaunch | CudaThinLaunch | None:
+        """The kernel for so many rows of x."""
+        if self._few is not None:
+            from deepdoctor.kernels.nf4_thin_cuda import MOST_ROWS
+
+            if rows <= MOST_ROWS:
+                return self._few
+        return self._launch
 
     def __call__(self, x: Tensor, out: Tensor, u: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """Write y into out and return it.
@@ -128,7 +150,8 @@ class ThinLinear:
             if self.lora is None:
                 raise KernelInputError("ThinLinear: u is given, but it was prepared without lora")
             check_contiguous("ThinLinear", "u", u, (rows, self.rank), x.dtype, x.device)
-        if self._launch is None:
+        launch = self._launch_for(rows)
+        if launch is None:
             return self._reference(x, out, u)
         elements = self.scratch_elements(rows)
         if scratch is None:
@@ -137,7 +160,7 @@ class ThinLinear:
             raise KernelInputError(
                 f"ThinLinear: scratch has {scratch.numel()} {scratch.dtype}, expected {elements} or more of fp32"
             )
-        self._launch(x, out, u, scratch)
+        launch(x, out, u, scratch)
         return out
 
     def _reference(self, x: Tensor, out: Tensor, u: Tensor | None) -> Tensor:
@@ -153,6 +176,21 @@ class ThinLinear:
             out[:, rows] = y
             start += part.shape[0]
         return out
+
+
+def _as_published(parts: Sequence[NF4Weight], dtype: torch.dtype) -> bool:
+    """Whether the kernels can read these parts into products of dtype."""
+    return dtype in (torch.bfloat16, torch.float16) and all(
+        part.double_quant
+        and part.block_size == BLOCK
+        and part.nested_block_size == NESTED_BLOCK_SIZE
+        and part.shape[1] % SPAN == 0
+        and 0 < part.numel < 1 << 33
+        and part.packed.is_contiguous()
+        and part.packed.data_ptr() % 16 == 0
+        and part.absmax.data_ptr() % 4 == 0
+        for part in parts
+    )
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deepdoctor.kernels.dependent_triton import dependent, start_next, wait
-from deepdoctor.kernels.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight
+from deepdoctor.kernels.nf4 import NF4_CODE, NF4Weight
 
-__all__ = ["ThinLaunch", "ThinTiling", "lora", "takes"]
+__all__ = ["ThinLaunch", "ThinTiling", "lora"]
 
 BLOCK = 64
 SPAN = 256
@@ -65,21 +65,6 @@ TILINGS = {8: ThinTiling(16, 15, 2, 112), 16: ThinTiling(16, 15, 2, 136), 32: Th
 """By BATCHES."""
 
 
-def takes(parts: Sequence[NF4Weight], dtype: torch.dtype) -> bool:
-    """Whether the kernels can read these parts into products of dtype."""
-    return dtype in (torch.bfloat16, torch.float16) and all(
-        part.double_quant
-        and part.block_size == BLOCK
-        and part.nested_block_size == NESTED_BLOCK_SIZE
-        and part.shape[1] % SPAN == 0
-        and 0 < part.numel < 1 << 33
-        and part.packed.is_contiguous()
-        and part.packed.data_ptr() % 16 == 0
-        and part.absmax.data_ptr() % 4 == 0
-        for part in parts
-    )
-
-
 @dataclass(frozen=True)
 class _Shape:
     """What is launched for so many rows of x.
@@ -94,11 +79,11 @@ class _Shape:
 
 
 class ThinLaunch:
-    """Both kernels for one matrix; see ``nf4_thin.ThinLinear``. splits: stretches that the columns are cut into.
+    """The kernel for one matrix; see ``nf4_thin.ThinLinear``. splits: stretches that the columns are cut into.
 
     What is read has a fixed address, so the addresses stand in a table on the device. Table, int64: address of the
-    16 NF4 values; of each part the addresses of packed bytes, absmax, nested absmax, nested offset and nested code, its
-    first tile, its rows and its first row.
+    values by byte, or in the interpreter by pair; of each part the addresses of packed bytes, absmax, nested absmax,
+    nested offset and nested code, its first tile, its rows and its first row.
     """
 
     def __init__(
@@ -111,6 +96,7 @@ class ThinLaunch:
     ):
         device = parts[0].packed.device
         in_features = parts[0].shape[1]
+        self._out_features = sum(part.shape[0] for part in parts)
         self._held: list[Tensor] = []
         self._lora, self._bias = lora, bias
         self._rank = 0 if lora is None else lora.shape[1]
@@ -168,8 +154,12 @@ class ThinLaunch:
         self._held.append(tensor)
         return tensor.data_ptr()
 
+    def scratch_elements(self, rows: int) -> int:
+        """Return how many fp32 elements the partial sums take."""
+        return self.splits * rows * self._out_features
+
     def __call__(self, x: Tensor, out: Tensor, u: Tensor | None, scratch: Tensor) -> None:
-        """Write y into out; scratch holds ``splits`` · B · O fp32."""
+        """Write y into out."""
         rows = x.shape[0]
         shape = self._shapes[next(batch for batch in BATCHES if batch >= rows)]
         with torch.cuda.device_of(x):
