@@ -1,14 +1,14 @@
 """The kernels of a decode step at the shapes of an 8B Llama: time inside a CUDA graph beside that of the bytes.
 
     python benchmarks/bench_decode_kernels.py [--groups thin,lora,dense,attention,store] [--rows 1,16,32]
-        [--slots 1,64,256] [--length 700] [--bandwidth TB/s] [--out FILE]
+        [--tilings] [--slots 1,64,256] [--length 700] [--bandwidth TB/s] [--out FILE]
 
 Calls over inputs that take turns are captured together, so that weights and keys come from memory and not from the L2
 cache, and launches cost nothing. Per case: median microseconds a call over replays, TB/s of the bytes that must be
 read, and the time that those bytes take at the measured copy bandwidth (or at --bandwidth).
 
-thin       ThinLinear with adapter, over its tilings: rows of W a program, spans that weights are loaded ahead, most
-           registers of a thread, programs per multiprocessor
+thin       ThinLinear with adapter: what it chooses, Triton's kernel, and with --tilings that kernel's tilings (rows of
+           W a program, spans that weights are loaded ahead, most registers of a thread, programs per multiprocessor)
 lora       thin_lora
 dense      the way for more rows: dequantise and multiply
 attention  paged_attention over pieces; every slot has --length positions, in blocks of 64 in random places
@@ -33,6 +33,7 @@ from torch import Tensor
 from bench_common import copy_rate, device_name, sample_us, write_results
 from bench_shapes import Bench, Shape
 from deepdoctor.kernels.bordered_nf4 import write_base
+from deepdoctor.kernels.choose import Impl
 from deepdoctor.kernels.nf4 import NF4Weight, quantize_nf4
 from deepdoctor.kernels.nf4_thin import ThinLinear, thin_lora
 from deepdoctor.kernels.paged_attention import paged_attention, paged_scratch_elements, rope_and_store
@@ -48,6 +49,7 @@ NF4_BYTES = 0.516
 SPLITS = (1, 2, 4, 8, 16, 32)
 TILINGS: tuple[dict[str, Any] | None, ...] = (
     None,
+    {},
     {"rows": 16, "ahead": 1, "registers": 96},
     {"rows": 16, "ahead": 1, "registers": 128},
     {"rows": 16, "ahead": 2, "registers": 112},
@@ -57,7 +59,7 @@ TILINGS: tuple[dict[str, Any] | None, ...] = (
     {"rows": 16, "ahead": 2, "registers": 112, "programs": 20},
     {"rows": 32, "ahead": 1, "programs": 8},
 )
-"""None: what the kernel takes by itself."""
+"""None: what is chosen where nothing is asked for; {}: Triton's kernel as it chooses by itself."""
 
 Call = Callable[[], Any]
 
@@ -111,13 +113,14 @@ class Products:
     def thin(self, rows: int, settings: dict[str, Any] | None) -> Sequence[Call]:
         """Thin products; settings: of the tiling."""
         bench, tiling = self.bench, None
-        if bench.device != "cpu" and settings is not None:
+        impl: Impl = "triton" if bench.device != "cpu" and settings is not None else "auto"
+        if impl == "triton" and settings:
             from deepdoctor.kernels.nf4_thin_triton import ThinTiling
 
             tiling = ThinTiling(**settings)
         x, y, u = bench.random(rows, self.inn), bench.random(rows, self.out), bench.random(rows, self.rank)
         lora = bench.random(self.out, self.rank)
-        linears = [ThinLinear(parts, bench.dtype, lora=lora, tiling=tiling) for parts in self.weights]
+        linears = [ThinLinear(parts, bench.dtype, lora=lora, impl=impl, tiling=tiling) for parts in self.weights]
         scratch = torch.empty(linears[0].scratch_elements(rows), device=bench.device)
         return [functools.partial(linear, x, y, u, scratch) for linear in linears]
 
@@ -139,12 +142,13 @@ class Products:
 
         return [functools.partial(call, parts) for parts in self.weights]
 
-    def cases(self, row_counts: Sequence[int]) -> Iterator[Case]:
+    def cases(self, row_counts: Sequence[int], tilings: Sequence[dict[str, Any] | None]) -> Iterator[Case]:
         """All of the above."""
-        tilings = TILINGS if self.bench.device != "cpu" else TILINGS[:1]
         for rows in row_counts:
             for settings in tilings:
-                variant = " ".join(f"{key} {value}" for key, value in (settings or {"chosen": ""}).items())
+                variant = (
+                    "chosen" if settings is None else "Triton " + " ".join(f"{k} {v}" for k, v in settings.items())
+                )
                 make = functools.partial(self.thin, rows, settings)
                 yield Case("thin", self.name, rows, variant, self.nbytes, make)
             nbytes = 2.0 * self.rank * self.inn
@@ -222,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", default="thin,lora,dense,attention,store")
     parser.add_argument("--rows", default="1,16,32")
+    parser.add_argument("--tilings", action="store_true")
     parser.add_argument("--slots", default="1,64,256")
     parser.add_argument("--length", type=int, default=700)
     parser.add_argument("--bandwidth", type=float)
@@ -231,13 +236,15 @@ def main() -> None:
     shape = Shape(hidden=512, heads=8, key_heads=2, head_dim=64, wide=1024, rank=4) if arguments.tiny else Shape()
     bench = Bench(shape, "cpu" if arguments.tiny else "cuda", arguments.tiny)
     groups, rows = arguments.groups.split(","), [int(n) for n in arguments.rows.split(",")]
+    tilings = TILINGS[: 1 if arguments.tiny else None if arguments.tilings else 2]
     slots = [2] if arguments.tiny else [int(n) for n in arguments.slots.split(",")]
     rate = arguments.bandwidth * 1e12 if arguments.bandwidth else copy_rate(1 << 20 if arguments.tiny else 1 << 30)
     print(f"{device_name()}: {rate / 1e12:.2f} TB/s")
     cases = []
     with torch.inference_mode():
         for product in shape.products():
-            cases += [measure(case, rate) for case in Products(bench, *product).cases(rows) if case.group in groups]
+            found = Products(bench, *product).cases(rows, tilings)
+            cases += [measure(case, rate) for case in found if case.group in groups]
         for count in slots:
             paged = Paged(bench, count, arguments.length)
             cases += [measure(case, rate) for case in paged.cases() if case.group in groups]
