@@ -1,11 +1,34 @@
-"""What a person sees: whole lines where stderr is a file, a bar on a terminal, nothing from the Python API."""
+"""What a person sees: whole lines in a file, a bar on a terminal, one line in a notebook, nothing from the API."""
 
 import io
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from deepdoctor.ui import Reporter, SilentReporter
+from deepdoctor import ui
+from deepdoctor.ui import Reporter, SilentReporter, in_notebook
+from helpers_run import PROJECT
+
+CELL = """
+from deepdoctor.ui import Reporter
+
+reporter = Reporter()
+reporter.update_every_s = 0.0
+reporter.say("hello", style="yellow")
+with reporter.meter("train", 200, "steps") as meter:
+    for step in range(200):
+        meter.advance(1, f"loss {step}")
+with reporter.meter("nothing", 3, "rows"):
+    pass
+with reporter.meter("load", 4, "layers") as meter:
+    meter.advance(3)
+    raise RuntimeError("stopped")
+"""
 
 
 def reporter(terminal: bool = False) -> tuple[Reporter, io.StringIO]:
@@ -50,6 +73,58 @@ def test_counting_tells_how_long_is_left() -> None:
     assert lines[0].startswith("load: 1/4 layers, ")
     assert len(lines) == 5
     assert all(" s left" in line and "-" not in line for line in lines)
+
+
+def test_long_work_prints_fewer_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hours with a step a second: a line every 15 s at first, every minute later, 146 in all and not 480."""
+    now = [0.0]
+    monkeypatch.setattr(ui, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    shown, sink = reporter()
+    printed = []
+    with shown.meter("train", 7200, "steps") as meter:
+        for _ in range(7200):
+            now[0] += 1.0
+            before = sink.tell()
+            meter.advance()
+            if sink.tell() > before:
+                printed.append(now[0])
+    waits = [later - earlier for earlier, later in pairwise(printed)]
+    assert waits[0] == 16.0 and waits[-2] == 60.0 and printed[-1] == 7200.0
+    assert len(printed) == 146
+
+
+def test_a_notebook_gets_one_line_per_piece_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real kernel: sentences plain on stdout, progress as one replaced output, also of work that fails.
+
+    A line of its own for each state used to flood the cell.
+    """
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT / "src"))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    nbclient.NotebookClient(notebook, timeout=120, allow_errors=True).execute()
+    outputs: list[Any] = notebook.cells[0].outputs
+    assert [output.output_type for output in outputs] == ["stream", "display_data", "display_data", "error"]
+    assert (outputs[0].name, outputs[0].text) == ("stdout", "hello\n")
+    train, load = (output.data["text/plain"] for output in outputs[1:3])
+    assert train.startswith("train: 200/200 steps, ") and train.endswith(" s, 0 s left  loss 199")
+    assert load.startswith("load: 3/4 layers, ")
+
+
+def test_a_notebook_is_told_from_ipython_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a kernel's shell shows outputs; and a console of the caller's own gets progress as lines, there too."""
+    assert not in_notebook()
+    shell = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert not in_notebook()
+    shell.kernel = object()
+    assert in_notebook()
+    shown, sink = reporter()
+    with shown.meter("train", 1, "steps") as meter:
+        meter.advance()
+    assert sink.getvalue() == "train: 1/1 steps, 0 s, 0 s left\n"
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -1,11 +1,13 @@
 """Weights & Biases with the real client: a server that answers, refuses, is away or goes away; files read back."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +206,49 @@ def assert_whole(run: Path, outcome: Outcome) -> None:
         assert found["summary"][f"compare/loss/{part}/tuned"] == pytest.approx(loss["tuned"])
 
 
-def test_a_run_without_key_and_network_ends_with_all_its_metrics(
+def processes_marked(mark: str) -> list[str]:
+    """Command lines of the processes that inherited a variable of this value; Linux only, elsewhere none."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def test_a_run_without_key_and_network_ends_with_all_its_metrics(tiny_r1: Path, tmp_path: Path) -> None:
+    """The command in a process of its own, W&B on, nobody logged in and every way out closed: it ends well, offline.
+
+    It names the command that sends the run, leaves no process behind, and nothing in the user's home.
+    """
+    recipe = write_recipe(tmp_path / "r.yaml", {**tiny_recipe(tiny_r1, tmp_path), "track": {"to": ["wandb"]}})
+    home = tmp_path / "home"
+    home.mkdir()
+    mark = f"mark-of-{tmp_path}"
+    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
+    private = {"HOME": str(home), "NETRC": str(home / ".netrc"), "MPLCONFIGDIR": str(tmp_path / "mpl"), "MARK": mark}
+    hidden = ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepdoctor.cli", "run", str(recipe)], capture_output=True, text=True, timeout=180,
+        check=False, cwd=tmp_path, env={**kept, **nowhere, **private, "PYTHONPATH": str(PROJECT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "track: W&B is written offline: no key" in done.stderr
+    assert_whole(tmp_path / "runs" / "tiny", Outcome(done.returncode, done.stdout, done.stderr))
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "wandb").exists()
+    until = time.monotonic() + 10
+    while (left := processes_marked(mark)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+@pytest.mark.slow
+def test_the_demo_without_key_and_network(
     tmp_path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo, shortened, with W&B on, no key and no server: it ends well, offline, and names the command."""
+    """The demo's own model and rows, shortened, with W&B on, no key and no server: the same."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     outcome = call(
         capsys, "run", PROJECT / "recipes" / "demo.yaml", "--runs_dir", tmp_path, "--track.to", "wandb",
