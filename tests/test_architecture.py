@@ -27,7 +27,7 @@ LAYERS = (
     {"compare.tasks"},
     {"session"},
     {"data.stage", "train", "export"},
-    {"compare"},
+    {"compare", "disk"},
     {"ask", "dry_run", "data.command", "publish"},
     {"track"},
     {"pipeline", "doctor", "options"},

@@ -26,6 +26,7 @@ COMMANDS = (
     "plan",
     "doctor",
     "login",
+    "recipe",
     "schema",
     "dashboard",
 )

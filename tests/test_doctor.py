@@ -347,12 +347,24 @@ def test_the_tutorial_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert checks["plan"]["state"] == checks["memory"]["state"] == "ok"
     assert "lengths assumed" in checks["plan"]["found"]
     assert checks["disk"]["state"] == "bad"
-    assert "15.0 of it for the download" in checks["disk"]["found"]
+    assert "merged 15.0, download 15.0" in checks["disk"]["found"]
     slim = load_recipe(TUTORIAL, {"model": {"vram": "15GiB"}, "export": {"merged": False}}, {})
     assert named(check_recipe(slim))["disk"]["state"] == "ok"
     checks = named(check_recipe(load_recipe(TUTORIAL, {"model": {"vram": "1GiB"}}, {})))
     assert checks["plan"]["state"] == "bad"
     assert "MiB on the GPU" in checks["plan"]["found"]
+
+
+def test_gguf_and_4_bit_exports_need_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They used not to be counted, so that a run was called possible and then filled the disk."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, int(40e9)))
+    monkeypatch.setattr("deepdoctor.doctor.need.host_memory", lambda: (13 * GIB, 12 * GIB))
+    more = {"model": {"vram": "15GiB"}, "export": {"gguf": ["f16", "q8_0"], "merged_4bit": True}}
+    disk = named(check_recipe(load_recipe(TUTORIAL, more, {})))["disk"]
+    assert disk["state"] == "bad"
+    assert "merged_4bit 5.3, gguf 22.9" in disk["found"]
+    assert named(check_recipe(load_recipe(TUTORIAL, {"model": {"vram": "15GiB"}}, {})))["disk"]["state"] == "ok"
 
 
 def test_recipe_on_a_cpu_without_room(monkeypatch: pytest.MonkeyPatch, tiny_r1: Path, tmp_path: Path) -> None:
@@ -370,6 +382,14 @@ def test_unknown_shape_is_not_downloaded() -> None:
     checks = named(check_recipe(recipe))
     assert checks["plan"]["state"] == "note"
     assert "somebody/else" in checks["plan"]["found"]
+    assert "deepdoctor plan" in checks["plan"]["remedy"]
+
+
+def test_model_that_is_not_there_is_bad(tmp_path: Path) -> None:
+    """A path that does not exist stops a run; it used to be a note."""
+    recipe = load_recipe(tiny_recipe(tmp_path / "none", tmp_path), environ={})
+    plan = named(check_recipe(recipe))["plan"]
+    assert (plan["state"], "is no existing folder" in plan["found"]) == ("bad", True)
 
 
 def test_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tiny_r1: Path, tmp_path: Path) -> None:

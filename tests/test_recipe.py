@@ -140,7 +140,7 @@ def test_push_takes_a_word_or_a_list() -> None:
     [
         (
             {"push": {"to": "me/it", "what": "weights"}},
-            ("push.what.0 is 'weights'", "'adapter', 'merged', 'gguf' or 'all'"),
+            ("push.what.0 is 'weights'", "'adapter', 'merged', 'merged_4bit', 'gguf' or 'all'"),
         ),
         ({"push": {"to": "me/it", "what": []}}, ("push.what is []", "at least one")),
         (

@@ -21,6 +21,7 @@ _COMMANDS = {
     "plan": "Say what a recipe would take on this machine.",
     "doctor": "Check this machine, and what a recipe needs of it.",
     "login": "Store a Hugging Face or Weights & Biases token.",
+    "recipe": "Print a recipe that comes along, to be changed.",
     "schema": "Print the JSON schema of a recipe.",
 }
 

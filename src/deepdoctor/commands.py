@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from deepdoctor.options import Fields, Several, given_fields, make_reporter, resolve_recipe
 from deepdoctor.recipe import Recipe
-from deepdoctor.recipe_file import load_recipe
+from deepdoctor.recipe_file import is_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from deepdoctor.train.plan import Plan
 
 __all__ = [
     "ask_command",
@@ -23,16 +26,23 @@ __all__ = [
     "login_command",
     "plan_command",
     "push_command",
+    "recipe_command",
     "run_command",
     "schema_command",
     "train_command",
 ]
 
 
-def _dry_run(recipe: Recipe, json: bool, vram: str | None = None) -> int:
+def _plan(recipe: Recipe, vram: str | None) -> tuple[Plan, list[str]]:
     from deepdoctor.dry_run import plan_without_loading
+    from deepdoctor.publish.check import prepare_hub
 
-    plan, notes = plan_without_loading(recipe, vram)
+    prepare_hub(recipe, make_reporter(), push=False)  # a gated model shows its config.json to a token only
+    return plan_without_loading(recipe, vram)
+
+
+def _dry_run(recipe: Recipe, json: bool) -> int:
+    plan, notes = _plan(recipe, recipe.model.vram)
     if json:
         print(
             jsonlib.dumps({"recipe": recipe.model_dump(mode="json"), "plan": plan.to_json(), "notes": notes}, indent=2)
@@ -52,6 +62,7 @@ def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, s
     prepare_cpu(reporter.say)  # before anything that imports torch
     prepare_gpu()
     from deepdoctor.ask import print_answers
+    from deepdoctor.compare.outcome import outcome_lines
     from deepdoctor.pipeline import run
     from deepdoctor.train.loop import Interrupted
 
@@ -69,7 +80,7 @@ def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, s
     if result.answers:
         print_answers(result.answers, Console())
     if "compare" in stages:
-        for line in _outcome(result.stats):
+        for line in outcome_lines(result.stats):
             print(line)
         print(f"report: {result.report}")
     else:
@@ -77,39 +88,6 @@ def _stages(recipe: Recipe, stages: tuple[str, ...], resume: bool, json: bool, s
     for kind, url in result.pushed.items():
         print(f"{kind}: {url}")
     return 0
-
-
-def _outcome(stats: dict[str, Any]) -> list[str]:
-    """The comparison in a few lines."""
-    lines = []
-    for part, loss in stats.get("loss", {}).items():
-        interval = (
-            f", 95 % interval {loss['ci_low']:+.3f} to {loss['ci_high']:+.3f}" if loss["ci_low"] is not None else ""
-        )
-        lines.append(
-            f"held-out loss, {part}: {loss['base']:.3f} -> {loss['tuned']:.3f} ({loss['difference']:+.3f}{interval}): "
-            f"{loss['verdict']}"
-        )
-    for task in stats.get("tasks", []):
-        base, tuned = task["base"], task["tuned"]
-        lines.append(
-            f"{task['task']}: well-formed {base['well_formed']}/{base['n']} -> {tuned['well_formed']}/{tuned['n']}, "
-            f"cut off {base['cut_off']}/{base['n']} -> {tuned['cut_off']}/{tuned['n']}"
-        )
-        if task.get("accuracy"):
-            accuracy = task["accuracy"]
-            lines.append(
-                f"{task['task']}: accuracy {accuracy['base_mean']:.1%} -> {accuracy['tuned_mean']:.1%} "
-                f"(95 % interval of the difference {accuracy['ci_low']:+.1%} to {accuracy['ci_high']:+.1%}, "
-                f"p {accuracy['p_value']:.2g}): {accuracy['verdict']}"
-            )
-            for arm, found in (task.get("placebo") or {}).items():
-                over = found["accuracy"]["over_placebo"]
-                lines.append(
-                    f"{task['task']}: accuracy over the placebo {arm} {over['difference']:+.1%} "
-                    f"({over['ci_low']:+.1%} to {over['ci_high']:+.1%}, p {over['p_value']:.2g}): {over['verdict']}"
-                )
-    return lines
 
 
 def run_command(
@@ -127,11 +105,11 @@ def run_command(
     Parameters
     ----------
     recipe
-        YAML file, e.g. recipes/demo.yaml.
+        YAML file, or the name of a recipe that comes along, e.g. demo.
     resume
         Go on in an existing run folder from what is complete.
     dry_run
-        Print the resolved recipe and the plan; load and download nothing.
+        Print the resolved recipe and the plan; of a model that is not here, only its config.json is fetched.
     vram
         Use no more of the GPU than a card of this size has, e.g. 15GiB; with --dry-run no GPU is needed.
     json
@@ -139,7 +117,7 @@ def run_command(
     """
     resolved = resolve_recipe(recipe, fields, vram)
     if dry_run:
-        return _dry_run(resolved, json, resolved.model.vram)
+        return _dry_run(resolved, json)
     return _stages(resolved, ("data", "train", "compare", "export"), resume, json)
 
 
@@ -151,7 +129,7 @@ def data_command(
     Parameters
     ----------
     source
-        Recipe (.yaml), or a file of rows, which is checked with the embedded model's tokenizer.
+        Recipe (.yaml, or a name such as demo), or a file of rows, which is checked with the embedded model's tokenizer.
     rows
         Rows shown with trained and masked tokens apart.
     page
@@ -163,7 +141,7 @@ def data_command(
     from deepdoctor.publish.check import prepare_hub
 
     reporter = make_reporter()
-    if source.suffix.lower() in (".yaml", ".yml"):
+    if is_recipe(source):
         prepare_hub(resolve_recipe(source, fields), reporter, push=False)
     return check_source(source, given_fields(fields), rows, json, reporter, page)
 
@@ -176,7 +154,7 @@ def train_command(
     Parameters
     ----------
     recipe
-        YAML file.
+        YAML file, or the name of a recipe that comes along.
     resume
         Go on from the newest checkpoint.
     vram
@@ -374,21 +352,19 @@ def dashboard_command(
 
 
 def plan_command(recipe: Path, /, *, fields: Fields = None, vram: str | None = None, json: bool = False) -> int:
-    """Print what a recipe would take on this machine, without loading the model.
+    """Print what a recipe would take on this machine, without loading or downloading weights.
 
     Parameters
     ----------
     recipe
-        YAML file.
+        YAML file, or the name of a recipe that comes along.
     vram
         Plan for a GPU with this much memory, e.g. 15GiB, whatever this machine has.
     json
         Print the plan as JSON.
     """
-    from deepdoctor.dry_run import plan_without_loading
-
     resolved = resolve_recipe(recipe, fields)
-    plan, notes = plan_without_loading(resolved, resolved.model.vram if vram is None else vram)
+    plan, notes = _plan(resolved, resolved.model.vram if vram is None else vram)
     if json:
         print(jsonlib.dumps({"plan": plan.to_json(), "notes": notes}, indent=2))
     else:
@@ -416,7 +392,7 @@ def push_command(
     to
         user/name; where left out, the last push's or the recipe's.
     what
-        adapter, merged, gguf, several of them, or all [default: all that the run has].
+        adapter, merged, merged_4bit, gguf, several of them, or all [default: all that the run has].
     public
         Let everybody see it; private otherwise.
     base
@@ -469,7 +445,7 @@ def doctor_command(recipe: Path | None = None, /, *, fields: Fields = None, json
     Parameters
     ----------
     recipe
-        YAML file: also check its plan, memory, disk, downloads and where it pushes.
+        YAML file, or the name of a recipe that comes along: also check plan, memory, disk, downloads and the push.
     json
         Print the checks as JSON.
     """
@@ -481,6 +457,28 @@ def doctor_command(recipe: Path | None = None, /, *, fields: Fields = None, json
     checks = check_machine(None if recipe is None else resolve_recipe(recipe, fields))
     print_checks(checks, json)
     return 1 if any(check["state"] == "bad" for check in checks) else 0
+
+
+def recipe_command(name: str | None = None, /) -> int:
+    """Print a recipe that comes with DeepDoctor, to be changed: `deepdoctor recipe demo > mine.yaml`.
+
+    Parameters
+    ----------
+    name
+        Which one; where left out, they are listed with their goals.
+    """
+    from deepdoctor.errors import RecipeError
+    from deepdoctor.recipe_file import shipped_recipes
+
+    found = {known: path.read_text(encoding="utf-8") for known, path in shipped_recipes().items()}
+    if name is None:
+        for known, text in found.items():
+            print(f"{known}: {text.splitlines()[0].removeprefix('# Goal: ')}")
+    elif name in found:
+        print(found[name], end="")
+    else:
+        raise RecipeError(f"DeepDoctor comes with no recipe {name!r}", f"it has {', '.join(found)}")
+    return 0
 
 
 def schema_command() -> int:

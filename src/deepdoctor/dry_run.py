@@ -1,4 +1,4 @@
-"""A plan without weights or network: from the model's published shape and, where they are local, the real rows."""
+"""A plan without weights: from the model's shape (``model.shape``) and, where they are local, the real rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from deepdoctor.data.placebo import SHUFFLES
-from deepdoctor.model.config import ModelConfig, known_config
+from deepdoctor.disk import beside_training, rooms
+from deepdoctor.model.shape import Shape, model_shape
 from deepdoctor.recipe import Recipe
 from deepdoctor.sizes import parse_size
 from deepdoctor.train.plan import Plan, make_plan
@@ -18,20 +19,6 @@ __all__ = ["plan_without_loading"]
 ASSUMED_LENGTHS = (540, 620, 670, 740, 880, 1050)
 """Tokens of medical-o1 rows under the Llama 3.1 tokenizer where rows cannot be read: quantiles of 198 real rows
 (median 670, 90 % at most 878, 99 % at most 1,048)."""
-
-
-def _config(recipe: Recipe) -> tuple[ModelConfig, str]:
-    path = Path(recipe.model.id).expanduser()
-    if path.is_dir():
-        return ModelConfig.from_folder(path), f"shape from {path / 'config.json'}"
-    known = known_config(recipe.model.id)
-    if known is not None:
-        return known, f"shape of {recipe.model.id} as published"
-    from deepdoctor.model.load import open_weights, resolve_model
-
-    config, source = open_weights(resolve_model(recipe.model.id, recipe.model.revision))
-    source.close()
-    return config, "shape from the downloaded model"
 
 
 def _lengths(recipe: Recipe) -> tuple[list[int], bool, str]:
@@ -60,16 +47,17 @@ def _lengths(recipe: Recipe) -> tuple[list[int], bool, str]:
     return lengths[:rows], False, note
 
 
-def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan, list[str]]:
+def plan_without_loading(recipe: Recipe, vram: str | None = None, shape: Shape | None = None) -> tuple[Plan, list[str]]:
     """Return the plan and notes on what it rests on.
 
-    vram: plan for a GPU of this size whatever this machine has. Raises TrainingError where the run cannot fit.
+    vram: plan for a GPU of this size whatever this machine has. shape: of the model; None looks for it (model_shape).
+    Raises TrainingError where the run cannot fit into memory, and as ``model_shape``.
     """
     from deepdoctor.model.load import choose_device
     from deepdoctor.model.precision import gpu_matmul_rate, resolve_precision
 
-    config, note = _config(recipe)
-    notes = [note]
+    shape = shape or model_shape(recipe.model.id, recipe.model.revision)
+    config, notes = shape.config, [shape.note]
     lengths, measured, note = _lengths(recipe)
     if note:
         notes.append(note)
@@ -87,7 +75,7 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
         held, compute = precision, torch.float16 if precision == "fp16" else torch.bfloat16
     else:
         held, compute = resolve_precision(precision, device)
-    if known_config(recipe.model.id) and recipe.model.id.endswith("-bnb-4bit"):
+    if shape.is_nf4:
         held = "nf4"
     plan = make_plan(
         config,
@@ -100,7 +88,9 @@ def plan_without_loading(recipe: Recipe, vram: str | None = None) -> tuple[Plan,
         lengths_measured=measured,
         seed=recipe.seed,
         matmul_rate=gpu_matmul_rate(device, compute) if device.type == "cuda" and has_gpu else None,
+        disk=beside_training(recipe, config),
     )
+    notes += [f"it does not fit on {room.place}: {room.words()}" for room in rooms(recipe, shape) if room.short]
     trained = [arm for arm in recipe.compare.placebo if arm in SHUFFLES]
     if trained:
         notes.append(

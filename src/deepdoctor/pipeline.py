@@ -15,6 +15,7 @@ from deepdoctor.ask import ask_and_keep
 from deepdoctor.compare.placebo import native_prompt
 from deepdoctor.compare.stage import compare_sides
 from deepdoctor.data.stage import prepare_data
+from deepdoctor.disk import refuse_full_disk
 from deepdoctor.errors import RunError
 from deepdoctor.export.stage import export_model
 from deepdoctor.publish.check import prepare_hub
@@ -70,6 +71,8 @@ def run(
     reporter = reporter or SilentReporter()
     prepare_hub(recipe, reporter, push=tuple(stages) == STAGES)
     check_trackers(recipe.track.to)
+    if tuple(stages) == STAGES:
+        refuse_full_disk(recipe)
     folder = RunFolder.create(recipe, resume)
     session = Session(recipe, folder, reporter)
     result = RunResult(folder.path)

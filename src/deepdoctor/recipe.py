@@ -285,7 +285,7 @@ class PushSection(Section):
 
     to: str | None = None
     """``user/name``, or ``name`` in the token's own account; the adapter goes to ``user/name-lora`` (null: nowhere)."""
-    what: tuple[Literal["adapter", "merged", "gguf", "all"], ...] = ("all",)
+    what: tuple[Literal["adapter", "merged", "merged_4bit", "gguf", "all"], ...] = ("all",)
     """Which exports go there; all: every one the run makes."""
     public: bool = False
     """Let everybody see it; false makes private repositories."""
@@ -301,7 +301,7 @@ class PushSection(Section):
     @classmethod
     def _something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("name at least one of adapter, merged, gguf, or all")
+            raise ValueError("name at least one of adapter, merged, merged_4bit, gguf, or all")
         return value
 
 
@@ -370,7 +370,7 @@ class Recipe(Section):
             missing = [kind for kind in self.push.what if kind != "all" and not getattr(self.export, kind, False)]
             if missing:
                 raise ValueError(f"push.what names {missing[0]}, which export does not write")
-            if not any(getattr(self.export, kind, False) for kind in ("adapter", "merged", "gguf")):
+            if not any(getattr(self.export, kind, False) for kind in ("adapter", "merged", "merged_4bit", "gguf")):
                 raise ValueError(f"push.to is {self.push.to}, but export writes nothing")
         return self
 

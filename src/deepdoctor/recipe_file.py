@@ -1,5 +1,7 @@
 """From a YAML file, the environment and the command line to a recipe, and from what is wrong in one to a sentence.
 
+A name without folder or ending stands for a recipe that comes with the package, unless there is a file of that name.
+
 Precedence, highest first: command line flag (``--train.max_steps 20``), environment (``DD_TRAIN__MAX_STEPS=20``),
 recipe file, default.
 """
@@ -19,9 +21,10 @@ from pydantic import BaseModel, ValidationError
 from deepdoctor.errors import RecipeError
 from deepdoctor.recipe import Recipe, Section
 
-__all__ = ["known_keys", "load_recipe", "read_recipe_file"]
+__all__ = ["find_recipe", "is_recipe", "known_keys", "load_recipe", "read_recipe_file", "shipped_recipes"]
 
 ENV_PREFIX = "DD_"
+SHIPPED = Path(__file__).parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,6 +56,22 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Return the file a recipe is read from: the path given, or the shipped recipe of that name."""
+    path = Path(source)
+    return path if path.is_file() else shipped_recipes().get(str(source), path)
+
+
+def is_recipe(source: str | Path) -> bool:
+    """Whether a path or name means a recipe, and not rows or a folder."""
+    return find_recipe(source).suffix.lower() in (".yaml", ".yml")
+
+
 def read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Read a recipe file.
 
@@ -63,14 +82,17 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], 
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        own = ", ".join(shipped_recipes())
+        hint = (
+            f"DeepDoctor comes with {own}: `deepdoctor run NAME`, or `deepdoctor recipe NAME > mine.yaml` to change it"
+        )
         raise RecipeError(
-            f"there is no recipe file {path}",
-            f"{path.parent} has {', '.join(near)}" if near else "write one: `deepdoctor schema` lists every field",
+            f"there is no recipe file {path}", f"{path.parent} has {', '.join(near)}" if near else hint
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RecipeError(
-            f"recipe file {path} cannot be read: {why}", "give a YAML file such as those in recipes/"
+            f"recipe file {path} cannot be read: {why}", "give a YAML file such as `deepdoctor recipe demo` prints"
         ) from None
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -86,7 +108,7 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], 
         kind = "empty" if values is None else "a list" if isinstance(values, list) else "plain text"
         raise RecipeError(
             f"{path} is {kind}, expected sections such as model, data and train",
-            "start from one of recipes/, or see `deepdoctor schema`",
+            "start from `deepdoctor recipe demo`, or see `deepdoctor schema`",
         )
     return values, _lines(node, path)
 
@@ -211,8 +233,9 @@ def load_recipe(
 ) -> Recipe:
     """Resolve a recipe: file (or mapping), then environment, then overrides; the last wins.
 
-    source: path of a YAML file, a nested mapping, or a Recipe. overrides: nested mapping, e.g.
-    ``{"train": {"max_steps": 20}}``. environ: defaults to ``os.environ``; only ``DD_SECTION__FIELD`` names are read.
+    source: path of a YAML file, name of a shipped recipe, a nested mapping, or a Recipe. overrides: nested mapping,
+    e.g. ``{"train": {"max_steps": 20}}``. environ: defaults to ``os.environ``; only ``DD_SECTION__FIELD`` names are
+    read.
     Raises RecipeError naming the key, the file and line or variable, the value and what was expected.
     """
     lines: dict[tuple[str, ...], int] = {}
@@ -222,8 +245,9 @@ def load_recipe(
     elif isinstance(source, Mapping):
         values = dict(source)
     else:
-        where = str(source)
-        values, lines = read_recipe_file(Path(source))
+        file = find_recipe(source)
+        where = str(file)
+        values, lines = read_recipe_file(file)
     from_env = _environment(os.environ if environ is None else environ)
     overrides = dict(overrides or {})
     try:

@@ -18,6 +18,7 @@ from deepdoctor.errors import ParityError, RunError
 from deepdoctor.export import merge as merging
 from deepdoctor.export import stage
 from deepdoctor.export.measure import logits_of
+from deepdoctor.export.parity import check_parity
 from deepdoctor.export.stage import generation_config
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.load import load_decoder, load_tokenizer
@@ -199,7 +200,7 @@ def test_a_forgotten_adapter_is_noticed(smollm2):
         torch.nn.init.normal_(b, std=2e-3, generator=generator)
     ids = torch.randint(3, 40000, (64,), generator=generator).tolist()
     row = EncodedRow(ids, ids, (0, 32), (32, 64))
-    parity = stage.check_parity(base, adapter, base, [row], torch.bfloat16)
+    parity = check_parity(base, adapter, base, [row], torch.bfloat16)
     assert parity.logit_difference <= parity.allowed and parity.effect_kept == 0
     assert not parity.passed
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from deepdoctor.export import merge as merging
 from deepdoctor.export.measure import logits_of
 from deepdoctor.export.merge import merge
-from deepdoctor.export.stage import check_parity
+from deepdoctor.export.parity import check_parity
 from deepdoctor.kernels.nf4 import dequantize_nf4, quantize_nf4
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.config import ModelConfig

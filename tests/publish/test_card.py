@@ -24,7 +24,13 @@ from deepdoctor.publish.stage import push_run
 from helpers_hub import WRITE, local_hub
 from helpers_run import PROJECT, tiny_recipe, write_rows
 
-REPOS = {"adapter": "tester/demo-lora", "merged": "tester/demo", "gguf": "tester/demo-gguf"}
+REPOS = {
+    "adapter": "tester/demo-lora",
+    "merged": "tester/demo",
+    "merged_4bit": "tester/demo-bnb-4bit",
+    "gguf": "tester/demo-gguf",
+}
+LIBRARY = {"adapter": "peft", "merged": "transformers", "merged_4bit": "transformers", "gguf": "gguf"}
 
 
 def parts(text: str) -> tuple[dict, str]:
@@ -47,7 +53,7 @@ def card(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged", "gguf"])
+@pytest.mark.parametrize("kind", REPOS)
 def test_hugging_face_reads_the_metadata(card, kind):
     """ModelCard parses it, the measured results come back out of ``model-index``, and its own YAML is the same."""
     from huggingface_hub import ModelCard
@@ -63,8 +69,8 @@ def test_hugging_face_reads_the_metadata(card, kind):
     assert results["loss"].dataset_revision == "fc2c9e8a"
     assert found.data.license == "other" and found.data.license_name == "mit-and-llama3.1"
     assert found.data.datasets == ["FreedomIntelligence/medical-o1-reasoning-SFT"]
-    assert found.data.to_dict()["library_name"] == {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[kind]
-    assert found.data.base_model == ("tester/demo" if kind == "gguf" else BASE)
+    assert found.data.to_dict()["library_name"] == LIBRARY[kind]
+    assert found.data.base_model == ("tester/demo" if kind in ("merged_4bit", "gguf") else BASE)
     assert "&id" not in text
 
 
@@ -84,6 +90,9 @@ def test_licences_of_base_and_rows(card):
     _, body = parts(card())
     assert "**Built with Llama.**" in body
     assert "`meta-llama/Llama-3.1-8B`, llama3.1" in body
+    assert "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc." in body
+    assert "this name does not begin so" in body
+    assert "does not begin so" not in card(repos={"merged": "tester/Llama-demo"})
     assert "rows: `FreedomIntelligence/medical-o1-reasoning-SFT`, apache-2.0" in body
     manifest = json.loads(json.dumps(card.manifest))
     manifest["recipe"]["model"]["id"] = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
@@ -92,9 +101,21 @@ def test_licences_of_base_and_rows(card):
     manifest["recipe"]["model"]["id"] = "somebody/model"
     metadata, body = parts(card(manifest=manifest))
     assert metadata["license"] == "other" and metadata["license_link"] == "https://huggingface.co/somebody/model"
-    assert "licence not known here" in body
+    assert "licence not known here: [see its card](https://huggingface.co/somebody/model)" in body
     metadata, body = parts(card(manifest=manifest, licences=[Licence("somebody/model", "cc-by-4.0")]))
     assert metadata["license"] == "cc-by-4.0"
+
+
+def test_an_unknown_child_of_llama_never_gets_a_plain_licence(card):
+    """Its card on the Hub may say MIT and forget Llama; one that says Llama needs no more words."""
+    manifest = json.loads(json.dumps(card.manifest))
+    model = manifest["recipe"]["model"]["id"] = "somebody/DeepSeek-R1-Distill-Llama-8B-medical"
+    metadata, body = parts(card(manifest=manifest, licences=[Licence(model, "mit")]))
+    assert metadata["license"] == "other" and metadata["license_link"].endswith(model)
+    assert "the model it was made from: a Llama model, by its name, licence not known here: [see its card]" in body
+    metadata, body = parts(card(manifest=manifest, licences=[Licence(model, "llama3.2")]))
+    assert metadata["license"] == "llama3.2" and "**Built with Llama.**" in body
+    assert "Llama 3.2 is licensed under" in body and "by its name" not in body
 
 
 @pytest.mark.parametrize(
@@ -108,11 +129,20 @@ def test_licences_of_base_and_rows(card):
         ("meta-llama/Llama-3.1-8B-Instruct", ["llama3.1"]),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", ["apache-2.0"]),
         ("somebody/else", [""]),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B-abliterated", ["", ""]),
+        ("somebody/DeepSeek-R1-Distill-Llama-8B", ["", ""]),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-3B", [""]),
+        ("Qwen/Qwen3-Max", [""]),
+        ("Qwen/Qwen3-8B", ["apache-2.0"]),
+        ("Qwen/Qwen2.5-3B-Instruct", [""]),
+        ("FreedomIntelligence/HuatuoGPT-o1-72B", [""]),
+        ("meta-llama/Llama-3.2-1B", ["", ""]),
+        ("HuggingFaceTB/SmolLM2-nightly", [""]),
         (None, [""]),
     ],
 )
 def test_known_licences(model, ids):
-    """The base's own first, then that of the model under it."""
+    """The base's own first, then that of the model under it; a name that only resembles a known one has none."""
     assert [licence.id for licence in base_licences(model)] == ids
 
 
@@ -140,6 +170,8 @@ def test_every_loader_is_shown(card):
         for block in re.findall(r"```python\n(.*?)```", card(kind), re.DOTALL):
             compile(block, kind, "exec")
     assert "vllm serve tester/demo\n" in card("merged")
+    assert "vllm serve tester/demo-bnb-4bit\n" in card("merged_4bit")
+    assert "pip install bitsandbytes" in card("merged_4bit") and "bitsandbytes" not in card("merged")
     assert "--enable-lora --max-lora-rank 16 --lora-modules tuned=tester/demo-lora" in card("adapter")
 
 
@@ -157,11 +189,15 @@ with torch.inference_mode():
     asked = AutoTokenizer.from_pretrained("tester/demo").apply_chat_template(
         [{"role": "user", "content": "What is the dose?"}], add_generation_prompt=True, return_dict=False)
     question = torch.tensor([list(asked)])
+    four = AutoModelForCausalLM.from_pretrained("tester/demo-bnb-4bit", dtype=torch.float32)
+    assert type(four.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    found["four"] = four.eval()(input_ids=ids).logits[0]
     for name, model in (("peft", peft), ("merged", merged)):
         found["answer_" + name] = model.generate(question, max_new_tokens=12, do_sample=False)[0]
 save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[1])
 print(snapshot_download("tester/demo-lora"))
 print(snapshot_download("tester/demo"))
+print(snapshot_download("tester/demo-bnb-4bit"))
 """
 
 
@@ -169,6 +205,7 @@ print(snapshot_download("tester/demo"))
 def test_stock_libraries_load_what_was_pushed(tiny_r1, tmp_path, monkeypatch, xet):
     """PEFT, transformers and snapshot_download, in a process that knows only the Hub, give our logits and bytes."""
     pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
     questions = [
         {"id": str(n), "question": f"Which drug {n}?", "options": dict(zip("ABCD", "wxyz", strict=True)), "answer": "A"}
         for n in range(4)
@@ -177,6 +214,7 @@ def test_stock_libraries_load_what_was_pushed(tiny_r1, tmp_path, monkeypatch, xe
     values = tiny_recipe(tiny_r1, tmp_path, ask={"questions": []}, compare={"tasks": [str(task)]})
     values["model"]["precision"] = "fp32"
     values["train"]["learning_rate"] = 5e-2
+    values["export"] = {"merged_4bit": True}
     run = pipeline.run(values).folder
     with local_hub(tmp_path / "hub", xet) as hub:
         online(monkeypatch, hub)
@@ -205,7 +243,10 @@ def test_stock_libraries_load_what_was_pushed(tiny_r1, tmp_path, monkeypatch, xe
     torch.testing.assert_close(found["peft"], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["merged"], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(found["answer_peft"], found["answer_merged"])
-    for place, kind in zip(done.stdout.split(), ("adapter", "merged"), strict=True):
+    four = load_decoder(run / "export" / "merged_4bit", "nf4", compute_dtype=torch.float32)
+    ours = logits_of(four, None, [EncodedRow(ids, ids, (0, 0), (0, len(ids)))])
+    assert (found["four"] - ours).abs().max() < 0.05 * ours.std()
+    for place, kind in zip(done.stdout.split(), ("adapter", "merged", "merged_4bit"), strict=True):
         for path in (run / "export" / kind).iterdir():
             if path.name not in ("README.md", "adapter_config.json"):
                 assert (Path(place) / path.name).read_bytes() == path.read_bytes()

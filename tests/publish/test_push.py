@@ -57,6 +57,25 @@ def test_each_kind_has_its_own_private_repository(any_hub, tmp_path):
     assert not any(name.startswith("model") for name in any_hub.repo("tester/demo-lora").files)
 
 
+def test_4_bit_weights_have_a_repository_of_their_own(any_hub, tmp_path):
+    """``merged_4bit`` could not be pushed; beside the merged model a loader could take one for the other."""
+    run = made_run(tmp_path / "runs")
+    place = run.path / "export" / "merged_4bit"
+    place.mkdir()
+    (place / "model.safetensors").write_bytes(os.urandom(30_000))
+    (place / "config.json").write_text('{"quantization_config": {}}', encoding="utf-8")
+    pushed = push(run, any_hub)
+    assert pushed["merged_4bit"].repo == "tester/demo-bnb-4bit"
+    assert any_hub.read("tester/demo-bnb-4bit", "model.safetensors") == (place / "model.safetensors").read_bytes()
+    assert "model.safetensors" not in any_hub.repo("tester/demo").files
+    card = any_hub.read("tester/demo-bnb-4bit", "README.md").decode()
+    assert "base_model: tester/demo\n" in card and "base_model_relation: quantized" in card
+    assert [one.sent_bytes for one in push(run, any_hub, to=None).values()] == [0, 0, 0]
+    alone = push(run, any_hub, to="tester/four", what="merged_4bit")
+    assert list(alone) == ["merged_4bit"]
+    assert f"base_model: {BASE}\n" in any_hub.read("tester/four-bnb-4bit", "README.md").decode()
+
+
 def test_pushing_again_sends_nothing(any_hub, tmp_path):
     """No commit, no upload; a changed file is sent alone."""
     run = made_run(tmp_path / "runs")
@@ -116,7 +135,7 @@ def test_kinds_that_are_not_there(hub, tmp_path):
     run = made_run(tmp_path / "runs")
     with pytest.raises(RunError, match="has no export/gguf"):
         push(run, hub, what="gguf")
-    with pytest.raises(UsageError, match="expected adapter, merged, gguf or all"):
+    with pytest.raises(UsageError, match="expected adapter, merged, merged_4bit, gguf or all"):
         push(run, hub, what="onnx")
     with pytest.raises(UsageError, match="so where to"):
         push(run, hub, to=None)
@@ -256,6 +275,11 @@ def test_licence_of_an_unknown_base_is_asked_of_the_hub(hub, tmp_path):
     run = made_run(tmp_path / "runs", model="acme/base")
     push(run, hub, what="merged")
     assert b"license: cc-by-4.0" in hub.read("tester/demo", "README.md")
+    (hub.folder / "git" / "card").write_bytes(b"---\nlicense: other\nlicense_name: theirs\n---\n")
+    push(run, hub, to="tester/third", what="merged")
+    text = hub.read("tester/third", "README.md").decode()
+    assert "license_name: that-of-the-base-model" in text
+    assert "[see its card](https://huggingface.co/acme/base)" in text
     hub.mishaps = [Mishap("/acme/base", cut=True, times=99)]
     push(run, hub, to="tester/other", what="merged")
     assert b"licence not known here" in hub.read("tester/other", "README.md")

@@ -126,7 +126,7 @@ def test_push_command(hub: LocalHub, tmp_path: Path, capsys: Any) -> None:
     assert call(capsys, "push", place, "--to", "tester/two", "--what", "adapter", "merged").code == 0
     assert {name for _, name in hub.repos} >= {"tester/two", "tester/two-lora"}
     outcome = call(capsys, "push", place, "--to", "tester/some", "--what", "weights")
-    assert (outcome.code, "expected adapter, merged, gguf or all" in outcome.err) == (2, True)
+    assert (outcome.code, "expected adapter, merged, merged_4bit, gguf or all" in outcome.err) == (2, True)
     assert "is no run folder" in call(capsys, "push", tmp_path / "none").err
 
 

@@ -10,7 +10,7 @@ from deepdoctor.data.sources import load_rows
 from deepdoctor.data.stage import prepare_data, read_and_check
 from deepdoctor.errors import DeepDoctorError, RunError
 from deepdoctor.recipe import DataSection
-from deepdoctor.recipe_file import load_recipe
+from deepdoctor.recipe_file import is_recipe, load_recipe
 from deepdoctor.run_folder import RunFolder
 from deepdoctor.session import Session
 from deepdoctor.ui import Reporter
@@ -31,7 +31,7 @@ def check_source(
     """
     if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
         raise RunError(f"{page} cannot be written", "give `--page` a file in a folder that exists")
-    if source.suffix.lower() in (".yaml", ".yml"):
+    if is_recipe(source):
         recipe = load_recipe(source, overrides)
         run = RunFolder.create(recipe, resume=True)
         session = Session(recipe, run, reporter)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from deepdoctor.doctor.check import Check, make_check
 from deepdoctor.errors import DeepDoctorError
 from deepdoctor.export.licences import is_hub_id
+from deepdoctor.model.shape import cached_model
 from deepdoctor.publish.check import prepare_hub
 from deepdoctor.publish.faults import Patience, fault_of
 from deepdoctor.publish.login import login_checks
@@ -18,7 +19,7 @@ from deepdoctor.publish.secrets import redact
 from deepdoctor.recipe import Recipe
 from deepdoctor.ui import SilentReporter
 
-__all__ = ["ask_hub", "cached_model", "downloads"]
+__all__ = ["ask_hub", "downloads"]
 
 Result = TypeVar("Result")
 WAIT_S = 2.5
@@ -146,21 +147,3 @@ def downloads(recipe: Recipe) -> list[str]:
     if is_hub_id(source) and not cached.is_dir():
         found.append(source)
     return found
-
-
-def cached_model(model_id: str, revision: str | None) -> Path | None:
-    """Folder of a model whose weights are all in the local cache, or None. Asks nobody."""
-    import json
-
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        names = set(index["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        names = {path.name for path in folder.glob("*.safetensors")}
-    return folder if names and all((folder / name).is_file() for name in names) else None

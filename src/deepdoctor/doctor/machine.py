@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepdoctor.doctor.check import Check, make_check
 
-__all__ = ["check_gpus", "check_python", "check_torch", "free_disk", "host_memory"]
+__all__ = ["check_gpus", "check_python", "check_torch", "host_memory"]
 
 GIB = 2**30
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -219,11 +219,3 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
-
-
-def free_disk(place: Path) -> tuple[Path, int]:
-    """The existing folder that a path is to lie in, and the bytes free there."""
-    place = place.expanduser().absolute()
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    return place, shutil.disk_usage(place).free

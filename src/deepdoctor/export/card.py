@@ -12,23 +12,25 @@ from typing import Any
 
 import yaml
 
-from deepdoctor.export.licences import Licence, base_licences, data_licence, hub_id, is_hub_id
+from deepdoctor.export.licences import Licence, base_licences, data_licence, hub_id, is_hub_id, llama_notice
 
 __all__ = ["card_metadata", "card_text", "write_card"]
 
 HERE = "PATH_OF_THIS_FOLDER"
 _TASK = {"type": "text-generation", "name": "Text Generation"}
-_LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
-_RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
+_LIBRARY = {"adapter": "peft", "merged": "transformers", "merged_4bit": "transformers", "gguf": "gguf"}
+_QUANTISED = ("merged_4bit", "gguf")
+_TAGS = {"merged_4bit": ("bitsandbytes", "4-bit")}
 _ABOUT = {
     "adapter": "A LoRA adapter: it needs its base model.",
     "merged": "Base and adapter merged into one model.",
+    "merged_4bit": "Base and adapter merged into one model, its projections as bitsandbytes' NF4 (4 bits a weight).",
     "gguf": "Base and adapter merged, as GGUF files for llama.cpp and Ollama.",
 }
 
 
 def write_card(folder: Path, kind: str, manifest: Mapping[str, Any], parity: Mapping[str, Any] | None) -> None:
-    """Write ``README.md``. kind: "adapter", "merged" or "gguf". manifest: the run's. parity: of the merge, or None."""
+    """Write ``README.md``. kind: "adapter", "merged", "merged_4bit" or "gguf". manifest: the run's. parity: or None."""
     (folder / "README.md").write_text(card_text(kind, manifest, parity=parity), encoding="utf-8")
 
 
@@ -53,6 +55,8 @@ def card_text(
     base = base or hub_id(recipe["model"]["id"])
     known = {licence.of: licence for licence in licences}
     of_base = [known.get(one.of, one) if not one.id else one for one in base_licences(base)]
+    if of_base[0].is_llama:
+        of_base = of_base[:1]
     of_data = data_licence(_shown(recipe["data"]["source"]))
     of_data = known.get(of_data.of, of_data) if not of_data.id else of_data
     metadata = card_metadata(kind, manifest, base, of_base, stats, repos)
@@ -71,7 +75,7 @@ def card_text(
         "## What was measured\n\n" + "\n".join(_measured(result, parity)),
         "## How to load it\n\n" + _loading(kind, base, repos, manifest),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(result)),
-        "## Licences\n\n" + "\n".join(_licence_lines(of_base, of_data)),
+        "## Licences\n\n" + "\n".join(_licence_lines(of_base, of_data, base, _name(recipe, repos, kind))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -100,12 +104,13 @@ def card_metadata(
         values["license"] = ids[0]
     if values["license"] == "other" and base:
         values["license_link"] = f"https://huggingface.co/{base}"
-    merged = repos.get("merged") if kind == "gguf" else None
+    merged = repos.get("merged") if kind in _QUANTISED else None
     if merged or base:
-        values |= {"base_model": merged or base, "base_model_relation": _RELATION[kind]}
+        relation = "adapter" if kind == "adapter" else "quantized" if merged else "finetune"
+        values |= {"base_model": merged or base, "base_model_relation": relation}
     if is_hub_id(data["source"]):
         values["datasets"] = [data["source"]]
-    values["tags"] = ["deepdoctor", "medical", "reasoning", "lora"]
+    values["tags"] = ["deepdoctor", "medical", "reasoning", "lora", *_TAGS.get(kind, ())]
     if results := _results(recipe, stats or manifest.get("compare") or {}):
         values["model-index"] = [{"name": _name(recipe, repos, kind), "results": results}]
     return values
@@ -222,6 +227,8 @@ def _measured(stats: Mapping[str, Any], parity: Mapping[str, Any] | None) -> lis
             f"the adapter itself moves them by {parity['adapter_effect']:.2f}), greedy agreement "
             f"{parity['greedy_agreement']:.1%} of {parity['positions']} positions"
         )
+    if parity and parity.get("dtype") == "nf4":
+        lines.append(f"- in 4 bits {parity['effect_kept']:.1%} of what the adapter changes is kept")
     if parity and "files" in parity:
         lines += _files(parity["files"])
     return lines
@@ -276,8 +283,9 @@ def _loading(kind: str, base: str | None, repos: Mapping[str, str], manifest: Ma
             f"vllm serve {base or 'PATH_OF_THE_BASE'} --enable-lora --max-lora-rank {held} --lora-modules tuned={here}"
         )
         parts = ["PEFT:", _code("python", peft), "transformers:", _code("python", stock), "vLLM:", _code("sh", vllm)]
-    elif kind == "merged":
-        text = (
+    elif kind in ("merged", "merged_4bit"):
+        needs = "# pip install bitsandbytes accelerate\n" if kind == "merged_4bit" else ""
+        text = needs + (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{here}")\n{ask}'
         )
@@ -300,18 +308,20 @@ def _limits(stats: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _licence_lines(of_base: Sequence[Licence], of_data: Licence) -> list[str]:
+def _licence_lines(of_base: Sequence[Licence], of_data: Licence, base: str | None, name: str) -> list[str]:
     lines = []
+    link = f"[see its card](https://huggingface.co/{base})" if base else "see its card"
     for number, licence in enumerate(of_base):
         role = "base model" if number == 0 else "the model it was made from"
-        lines.append(f"- {role}: `{licence.of}`, {licence.id or 'licence not known here: read its card'}")
-    for licence in of_base:
-        if licence.is_llama:
-            lines.append(
-                '- the Llama licence asks whoever passes on such a model to show "Built with Llama", to begin the '
-                'model\'s name with "Llama", and to keep its notice and use policy'
-            )
-            break
+        of = f"`{licence.of}`" if licence.id or number == 0 else licence.of
+        lines.append(f"- {role}: {of}, {licence.id or f'licence not known here: {link}'}")
+    if notice := llama_notice(of_base):
+        lines.append(
+            '- the Llama licence asks whoever passes on such a model to show "Built with Llama", to begin the '
+            'model\'s name with "Llama", and to pass on its text, its use policy and its notice'
+            + ("" if name.lower().startswith("llama") else "; this name does not begin so: mend it before it is public")
+        )
+        lines.append(f"- {notice}")
     lines.append(f"- rows: `{of_data.of}`, {of_data.id or 'licence not stated: add it before this is public'}")
     lines.append("- made with DeepDoctor, Apache-2.0; that says nothing about these weights")
     return lines

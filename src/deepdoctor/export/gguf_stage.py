@@ -18,7 +18,7 @@ from deepdoctor.data.prompt import EncodedRow
 from deepdoctor.data.store import PreparedData
 from deepdoctor.errors import ParityError
 from deepdoctor.export.card import write_card
-from deepdoctor.export.gguf_write import gguf_bytes, write_gguf
+from deepdoctor.export.gguf_write import write_gguf
 from deepdoctor.export.llamacpp import INSTALL, LlamaAnswer, has_llamacpp, llamacpp_answers
 from deepdoctor.export.measure import GGUFWeights, closeness, logits_of, openings, streamed_logits
 from deepdoctor.export.merge import MergedWeights
@@ -32,7 +32,7 @@ from deepdoctor.model.sides import TUNED
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 
-__all__ = ["as_row", "gguf_files", "logprobs_apart", "needed_bytes", "write_ggufs"]
+__all__ = ["as_row", "gguf_files", "logprobs_apart", "write_ggufs"]
 
 ANSWERS = 4
 ANSWER_TOKENS = 48
@@ -251,8 +251,3 @@ def _sentence(file: str, kind: str, one: dict[str, Any]) -> str:
             f"tokens, {there['same_answers']} of {there['questions']} answers equal"
         )
     return text
-
-
-def needed_bytes(session: Session) -> int:
-    """Bytes of all GGUF files of the recipe."""
-    return sum(gguf_bytes(session.decoder.config, kind) for kind in session.recipe.export.gguf)

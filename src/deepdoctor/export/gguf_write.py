@@ -28,6 +28,8 @@ __all__ = ["GGUF_KINDS", "gguf_bytes", "write_gguf"]
 GGUF_KINDS = ("f16", "q8_0", "q4_1", "q4_0")
 _ARCH = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _BLOCK = 32
+_SIZES = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (_BLOCK, 34), "Q4_1": (_BLOCK, 20), "Q4_0": (_BLOCK, 18)}
+"""Values of a block and its bytes: the values, one fp16 scale and, in Q4_1, one fp16 minimum."""
 _FINE_ROPE = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 """Settings of YaRN that are written into no file here."""
 _ROWS_AT_ONCE = 8192
@@ -47,9 +49,7 @@ class _Entry:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, without padding."""
-        import gguf
-
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        block, size = _SIZES[self.kind]
         return math.prod(self.shape) // block * size
 
 
@@ -94,8 +94,7 @@ def _entries(config: ModelConfig, kind: str) -> Iterator[_Entry]:
 
 
 def gguf_bytes(config: ModelConfig, kind: str) -> int:
-    """Bytes a file takes, its vocabulary guessed at 40 bytes a token. Raises MissingExtraError without ``gguf``."""
-    _need_gguf()
+    """Bytes a file takes, its vocabulary guessed at 40 bytes a token."""
     return sum(entry.nbytes for entry in _entries(config, kind)) + 40 * config.vocab_size + 2**20
 
 

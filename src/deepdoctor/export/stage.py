@@ -1,19 +1,18 @@
 """Stage 4: adapter and base -> ``export/adapter``, ``merged``, ``merged_4bit`` and ``gguf``, never in one folder.
 
 Merging is checked by asking: on held-out rows, the merged weights must give the logits of base + adapter to within what
-bf16 rounding explains, else the stage fails and leaves nothing behind. How far each export is from what was trained is
-measured and kept beside it.
+rounding explains (``parity``), else the stage fails and leaves nothing behind. How far each export is from what was
+trained is measured and kept beside it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deepdoctor.data.prompt import EncodedRow, Prompt
@@ -21,95 +20,19 @@ from deepdoctor.data.store import PreparedData
 from deepdoctor.errors import ParityError
 from deepdoctor.export.base_choice import Choice, choose_base
 from deepdoctor.export.card import write_card
-from deepdoctor.export.gguf_stage import gguf_files, needed_bytes, write_ggufs
+from deepdoctor.export.gguf_stage import gguf_files, write_ggufs
 from deepdoctor.export.licences import hub_id
-from deepdoctor.export.measure import closeness, kept_effect, logits_of, openings, streamed_logits
-from deepdoctor.export.merge import MergedWeights, check_room, merge, published_dtype
+from deepdoctor.export.measure import closeness, logits_of, openings, streamed_logits
+from deepdoctor.export.merge import MergedWeights, check_room, merge
+from deepdoctor.export.parity import ShakenWeights, compare_logits, first_tokens, shaken_adapter
 from deepdoctor.export.reasoning import response_template
+from deepdoctor.export.sizes import export_bytes
 from deepdoctor.model.adapter import Adapter
-from deepdoctor.model.config import ModelConfig
-from deepdoctor.model.decoder import Decoder
 from deepdoctor.recipe import Recipe
 from deepdoctor.run_folder import write_json
 from deepdoctor.session import Session
 
-__all__ = ["Parity", "check_parity", "export_model"]
-
-PARITY_ROWS = 2
-PARITY_TOKENS = 256
-"""First tokens of each row that are compared."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far the merged model is from base + adapter, beside what the adapter itself changes.
-
-    Logit differences are root mean squares over all positions and words. allowed: what rounding every merged weight
-    once to its dtype, and computing, explain. effect_kept: slope of (merged - base) on (base + adapter - base), 1
-    where the adapter acts in full and 0 where it was lost. greedy_agreement: share of positions with the same most
-    likely token.
-    """
-
-    logit_difference: float
-    allowed: float
-    adapter_effect: float
-    effect_kept: float
-    max_difference: float
-    greedy_agreement: float
-    positions: int
-    dtype: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the merged model is as close as rounding allows, with the adapter's effect in it.
-
-        The slope is asked only where the effect stands out of the rounding, which alone pulls it down to one half.
-        """
-        kept = self.adapter_effect < self.allowed / 2 or 0.5 <= self.effect_kept <= 1.5
-        return self.logit_difference <= self.allowed and kept
-
-
-def check_parity(
-    reference: Decoder, adapter: Adapter, merged: Decoder, rows: Sequence[EncodedRow], dtype: torch.dtype
-) -> Parity:
-    """Compare merged weights with base + adapter on the same tokens, both computed in the reference's dtype.
-
-    Rounding to a dtype moves a weight by at most eps / 2 of itself, and moves the logits of L layers by about
-    eps / 2 * sqrt(4 L) of their own size, four products a layer adding up independently. Sums of F terms in fp32 add
-    their own eps / 2 * sqrt(F) a product, which only shows where everything is fp32. Twice that is allowed.
-    """
-    rows = [_start(row) for row in rows[:PARITY_ROWS]]
-    return _parity(
-        logits_of(merged, None, rows),
-        logits_of(reference, adapter, rows),
-        logits_of(reference, None, rows),
-        reference.config,
-        reference.compute_dtype,
-        dtype,
-    )
-
-
-def _parity(
-    found: Tensor, with_adapter: Tensor, alone: Tensor, config: ModelConfig, computed: torch.dtype, dtype: torch.dtype
-) -> Parity:
-    spread = float((with_adapter - with_adapter.mean(-1, keepdim=True)).square().mean().sqrt())
-    coarsest = max(torch.finfo(dtype).eps, torch.finfo(computed).eps)
-    summing = torch.finfo(torch.float32).eps * config.intermediate_size**0.5
-    allowed = (coarsest + summing) * (4 * config.num_layers) ** 0.5 * spread
-    return Parity(
-        logit_difference=float((found - with_adapter).square().mean().sqrt()),
-        allowed=allowed,
-        adapter_effect=float((with_adapter - alone).square().mean().sqrt()),
-        effect_kept=kept_effect(found, with_adapter, alone),
-        max_difference=float((found - with_adapter).abs().max()),
-        greedy_agreement=float((found.argmax(-1) == with_adapter.argmax(-1)).float().mean()),
-        positions=found.shape[0],
-        dtype=str(dtype).removeprefix("torch."),
-    )
-
-
-def _start(row: EncodedRow) -> EncodedRow:
-    return EncodedRow(row.input_ids[:PARITY_TOKENS], row.labels[:PARITY_TOKENS], row.reasoning, row.answer)
+__all__ = ["export_model", "generation_config"]
 
 
 def export_model(session: Session, data: PreparedData) -> dict[str, Any]:
@@ -159,16 +82,9 @@ def _same_ggufs(folder: Path, recipe: Recipe) -> bool:
 
 def _check_disk(session: Session, kinds: Sequence[str]) -> None:
     """Raise RunError where the disk cannot hold what is to be written."""
-    run, config = session.run, session.decoder.config
-    assert run is not None
-    wide = published_dtype(config).itemsize
-    needed = {
-        "adapter": 4 * sum(p.numel() for p in session.adapter.parameters()) if "adapter" in kinds else 0,
-        "merged": wide * config.parameters,
-        "merged_4bit": wide * (config.parameters - config.linear_parameters) + int(0.52 * config.linear_parameters),
-        "gguf": needed_bytes(session) if "gguf" in kinds else 0,
-    }
-    check_room(run.path, sum(needed[kind] for kind in kinds), f"export of {' and '.join(kinds)}")
+    assert session.run is not None
+    needed = export_bytes(session.decoder.config, session.recipe)
+    check_room(session.run.path, sum(needed[kind] for kind in kinds), f"export of {' and '.join(kinds)}")
 
 
 def _save_tokenizer(session: Session, folder: Path) -> None:
@@ -194,15 +110,14 @@ def _write_merged(
     rows = [encoded for _, encoded in (data.held_out or data.train)]
     measured = openings(rows)
 
-    def streamed(source: Path, rows: Sequence[EncodedRow], adapter: Adapter | None, trained: bool) -> Tensor:
-        weights = MergedWeights(source)
+    def streamed(weights: MergedWeights, rows: Sequence[EncodedRow], adapter: Adapter | None, trained: bool) -> Tensor:
         try:
             return streamed_logits(weights, rows, computed, device, adapter, trained)
         finally:
             weights.close()
 
     close = closeness(
-        streamed(folder, measured, None, True),
+        streamed(MergedWeights(folder), measured, None, True),
         logits_of(decoder, session.adapter, measured, trained=True),
         logits_of(decoder, None, measured, trained=True),
     )
@@ -210,13 +125,25 @@ def _write_merged(
     parity: dict[str, Any] = {**asdict(close), "dtype": "nf4", "passed": not close.broken}
     said = f"merged_4bit keeps {close.effect_kept:.1%} of what the adapter changes, KL {close.kl:.4f} nats a token"
     if not four_bit:
-        start = [_start(row) for row in rows[:PARITY_ROWS]]
+        start = first_tokens(rows)
         if decoder.precision == "nf4" and choice.into == "original":
             # The merge is into the published weights, so that is what it is checked against.
-            tuned, alone = (streamed(session.source, start, one, False) for one in (session.adapter, None))
+            sides = (session.adapter, None)
+            tuned, alone = (streamed(MergedWeights(session.source), start, one, False) for one in sides)
         else:
             tuned, alone = (logits_of(decoder, one, start) for one in (session.adapter, None))
-        exact = _parity(streamed(folder, start, None, False), tuned, alone, decoder.config, computed, dtype)
+
+        def shaken(seed: int) -> Tensor:
+            base = MergedWeights(session.source, held=choice.held)
+            try:
+                weights = ShakenWeights(base, adapter, (dtype, computed), seed)
+                moved = shaken_adapter(adapter, computed, seed).to(device).eval()
+                return streamed_logits(weights, start, computed, device, moved)
+            finally:
+                base.close()
+
+        found = streamed(MergedWeights(folder), start, None, False)
+        exact = compare_logits(found, tuned, alone, decoder.config, computed, dtype, shaken)
         parity = {**asdict(exact), "passed": exact.passed, "beside_training": asdict(close)}
         said = (
             f"merged logits within {exact.logit_difference:.4f} of base + adapter (allowed {exact.allowed:.4f}; the "
@@ -233,7 +160,7 @@ def _write_merged(
     parity["merged_into"] = choice.into
     parity["candidates"] = {name: asdict(one) for name, one in choice.measured.items()}
     write_json(folder / "parity.json", parity)
-    write_card(folder, "merged", run.manifest, parity)
+    write_card(folder, "merged_4bit" if four_bit else "merged", run.manifest, parity)
     return said, close.effect_kept
 
 

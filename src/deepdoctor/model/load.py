@@ -28,6 +28,7 @@ from deepdoctor.sizes import CONTEXT_MIB, MIB
 
 __all__ = [
     "TensorSource",
+    "check_hub_id",
     "choose_device",
     "free_memory",
     "limit_memory",
@@ -95,11 +96,7 @@ def resolve_model(model_id: str, revision: str | None = None) -> Path:
     path = Path(model_id).expanduser()
     if path.exists():
         return path
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 or model_id.endswith(".gguf"):
-        raise ModelError(
-            f"model.id {model_id!r} is no existing folder or .gguf file, and no Hub id (owner/name)",
-            "give a path that exists, `owner/name`, or embedded:smollm2-135m-instruct",
-        )
+    check_hub_id(model_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -112,6 +109,15 @@ def resolve_model(model_id: str, revision: str | None = None) -> Path:
             "connect to the internet and run again, or download the model elsewhere and give its folder: "
             "`--model.id /path/to/model`",
         ) from None
+
+
+def check_hub_id(model_id: str) -> None:
+    """Raise ModelError for a model id that is no path here and cannot be ``owner/name``."""
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 or model_id.endswith(".gguf"):
+        raise ModelError(
+            f"model.id {model_id!r} is no existing folder or .gguf file, and no Hub id (owner/name)",
+            "give a path that exists, `owner/name`, or embedded:smollm2-135m-instruct",
+        )
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -16,8 +16,8 @@ from deepdoctor.ui import Reporter, SilentReporter
 
 __all__ = ["KINDS", "SUFFIX", "Destination", "check_push", "check_what", "needs_hub", "open_hub", "prepare_hub"]
 
-KINDS = ("adapter", "merged", "gguf")
-SUFFIX = {"adapter": "-lora", "merged": "", "gguf": "-gguf"}
+KINDS = ("adapter", "merged", "merged_4bit", "gguf")
+SUFFIX = {"adapter": "-lora", "merged": "", "merged_4bit": "-bnb-4bit", "gguf": "-gguf"}
 """Each kind has its own repository, whatever else is pushed, so that no loader takes one for another."""
 
 
@@ -30,7 +30,7 @@ class Destination:
     notes: tuple[str, ...] = field(default=())
 
     def repo(self, kind: str) -> str:
-        """Return the repository of a kind: ``user/name-lora``, ``user/name`` or ``user/name-gguf``."""
+        """Return the repository of a kind: ``user/name`` and SUFFIX."""
         return self.to + SUFFIX[kind]
 
 
@@ -131,7 +131,7 @@ def _check_name(to: str, kinds: Sequence[str]) -> None:
         if not good or "--" in name or ".." in name or name.endswith((".git", ".ipynb")) or len(name) > 96:
             raise UsageError(
                 f"push.to {to!r} is no name for the Hub",
-                "write `user/name` of letters, digits, single `-`, `.` or `_`, at most 90 characters",
+                "write `user/name` of letters, digits, single `-`, `.` or `_`, at most 86 characters",
             )
 
 

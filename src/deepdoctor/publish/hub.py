@@ -141,7 +141,7 @@ class Hub:
         return self._call("look at", repo, look)
 
     def licence(self, repo: str, kind: str) -> str:
-        """Return the licence a model's or data set's card names, "" where it cannot be had; asked once."""
+        """Return the licence a model's or data set's card names; "" for none, "other", or where it cannot be had."""
         try:
             card = getattr(self.api.repo_info(repo, repo_type=kind), "card_data", None)
         except Exception as error:
@@ -149,7 +149,7 @@ class Hub:
                 raise
             return ""
         found = card.get("license") if card is not None else ""
-        return found if isinstance(found, str) else ""
+        return found if isinstance(found, str) and found not in ("other", "unknown") else ""
 
     def create(self, repo: str, private: bool) -> None:
         """Make the repository unless it is there."""

@@ -1,4 +1,4 @@
-"""Push a run: adapter, merged model and GGUF, each into its own repository, private unless asked otherwise.
+"""Push a run: adapter, merged models and GGUF, each into its own repository, private unless asked otherwise.
 
 Order in each repository: create, upload, commit, card, check. The card comes last, so a repository with a card is
 complete. Pushing again sends only what is missing.
@@ -55,7 +55,7 @@ def push_run(
     """Publish what a run exported, or finish a push that was interrupted; return the repositories by kind.
 
     run: run folder. to: ``user/name``; None goes where the last push went, or the recipe's ``push.to``. what:
-    "adapter", "merged", "gguf", several of them, or "all" that the run has. base: Hub id of the base where the run used
+    one or several of KINDS, or "all" that the run has. base: Hub id of the base where the run used
     a local folder.
     Writes ``push`` into the manifest. Raises UsageError, RunError for a kind that was not exported, and HubError; then
     what arrived stays on the Hub and the same call goes on from there.
@@ -95,31 +95,15 @@ def push_run(
 
 
 def push_after_run(
-    run: RunFolder,
-    to: str,
-    what: str | Sequence[str] = "all",
-    *,
-    public: bool = False,
-    token: Token | str | None = None,
-    base: str | None = None,
-    endpoint: str | None = None,
-    reporter: Reporter | None = None,
-    patience: Patience | None = None,
+    run: RunFolder, to: str, what: str | Sequence[str] = "all", *, reporter: Reporter | None = None, **options: Any
 ) -> dict[str, PushedRepo]:
-    """Push at the end of a run. A push that fails does not fail the run: it is said, with the command for later."""
+    """Push at the end of a run. A push that fails does not fail the run: it is said, with the command for later.
+
+    options: the other ones of ``push_run``.
+    """
     reporter = reporter or SilentReporter()
     try:
-        return push_run(
-            run,
-            to,
-            what,
-            public=public,
-            token=token,
-            base=base,
-            endpoint=endpoint,
-            reporter=reporter,
-            patience=patience,
-        )
+        return push_run(run, to, what, reporter=reporter, **options)
     except (DeepDoctorError, OSError) as error:
         message = error.message if isinstance(error, DeepDoctorError) else str(error)
         reporter.say(f"push: {redact(message)}", style="yellow")

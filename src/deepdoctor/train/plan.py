@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from deepdoctor.model.adapter import projection_sizes
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.recipe import TrainSection
 from deepdoctor.sizes import CONTEXT_MIB, MIB
+from deepdoctor.train.adamw_8bit import SMALLEST_8BIT
 from deepdoctor.train.ladder import Choice, Fixed, choose, smallest
 from deepdoctor.train.order import step_rows, total_steps
 
-__all__ = ["Plan", "make_plan", "memory_in_use_mib", "peak_memory_mib"]
+__all__ = ["Plan", "make_plan", "memory_in_use_mib", "peak_memory_mib", "training_bytes"]
 
 RUNTIME_MIB = {"cpu": 450, "cuda": CONTEXT_MIB}
 """Python with torch loaded; CUDA context and the libraries' own memory."""
@@ -50,7 +51,10 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 2.0, "nf4": 0.5 + 1 / 64 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions. Memory in MiB, per token in bytes; rows and tokens count what training sees once per epoch."""
+    """Predictions. Memory in MiB, per token in bytes; rows and tokens count what training sees once per epoch.
+
+    disk_mib: of all that was asked about; disk_parts_mib: by what it is for.
+    """
 
     device: str
     precision: str
@@ -74,6 +78,7 @@ class Plan:
     lengths_measured: bool
     engine: Choice | None = None
     tokens_per_s: float | None = None
+    disk_parts_mib: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -104,9 +109,10 @@ class Plan:
             speed = f"; about {self.tokens_per_s:,.0f} tok/s, {minutes:,.1f} min"
         lines.append(
             f"{self.steps} steps over {self.rows} rows (longest {self.longest_row} tokens, {source}), "
-            f"about {self.tokens:,} tokens{speed}; disk {self.disk_mib:,.0f} MiB"
+            f"about {self.tokens:,} tokens{speed}"
         )
-        return lines
+        parts = ", ".join(f"{name} {size:,.0f}" for name, size in self.disk_parts_mib.items())
+        return [*lines, f"disk {self.disk_mib:,.0f} MiB: {parts}"]
 
 
 RUNG_WORDS = {
@@ -176,14 +182,16 @@ def make_plan(
     matmul_rate: float | None = None,
     spare_mib: float = 0.0,
     held_mib: float = 0.0,
+    disk: Mapping[str, int] | None = None,
 ) -> Plan:
     """Predict memory, work and disk, and choose the micro-batch and, on a GPU, the engine's settings.
 
     lengths: tokens of each training row, in order. memory_mib: the card or machine to plan for (null: this one's free
     memory). seed: decides which rows meet in a step. attention: the engine's backend. held_out_longest: tokens of the
     longest held-out row. matmul_rate: operations per second of a large product here, for the expected speed. spare_mib:
-    memory to leave unused. held_mib: of the free memory, what the loaded base holds already. Raises TrainingError
-    where not even one row at a time fits, saying what would.
+    memory to leave unused. held_mib: of the free memory, what the loaded base holds already. disk: bytes that the run
+    writes beside training, by what they are for. Raises TrainingError where not even one row at a time fits, saying
+    what would.
     """
     if precision == "fp8" and section.lora_dropout:
         raise TrainingError(
@@ -204,6 +212,7 @@ def make_plan(
             attention=attention,
             held_out_longest=held_out_longest,
             matmul_rate=matmul_rate,
+            disk=disk,
         )
     element = torch.finfo(compute_dtype).bits // 8
     held = BYTES[precision]
@@ -249,8 +258,21 @@ def make_plan(
         token_budget=budget,
         predicted_peak_mib=peak,
         available_mib=available,
-        **_common(config, section, lengths, device, precision, compute_dtype, adapter, optimizer, lengths_measured),
+        **_common(config, section, lengths, device, precision, compute_dtype, lengths_measured, disk),
     )
+
+
+def training_bytes(config: ModelConfig, section: TrainSection) -> int:
+    """Bytes that training leaves on disk at most: its checkpoints, one that is being written, and the adapter.
+
+    A checkpoint has the fp32 adapter and the optimizer's state; of each of its tensors, 3 kB for names and tables.
+    """
+    sizes = projection_sizes(config)
+    tensors = [section.lora_rank * width for target in section.target_modules for width in sizes[target]]
+    coarse = section.optimizer == "adamw_8bit"
+    state = config.num_layers * sum(n * (2 + 8 / 256 if coarse and n >= SMALLEST_8BIT else 8) for n in tensors)
+    adapter = config.num_layers * sum(4 * n + 3072 for n in tensors) + 2**16
+    return (section.keep_checkpoints + 1) * (adapter + math.ceil(state)) + adapter
 
 
 def _common(
@@ -260,14 +282,13 @@ def _common(
     device: torch.device,
     precision: str,
     compute_dtype: torch.dtype,
-    adapter: float,
-    optimizer: float,
     lengths_measured: bool,
+    disk: Mapping[str, int] | None,
 ) -> dict[str, Any]:
     """What a plan says whichever way the run trains."""
     steps = total_steps(len(lengths), section.global_batch_size, section.max_steps, section.epochs)
     seen = steps * section.global_batch_size * sum(lengths) / len(lengths)
-    merged = config.parameters * 2 / MIB
+    parts = {"training": training_bytes(config, section), **(disk or {})}
     return {
         "device": str(device),
         "precision": precision,
@@ -279,7 +300,8 @@ def _common(
         "steps": steps,
         "tokens": math.ceil(seen),
         "operations_per_token": 4.0 * (config.linear_parameters + config.vocab_size * config.hidden_size),
-        "disk_mib": (section.keep_checkpoints + 1) * (adapter + optimizer) + adapter / 2 + merged,
+        "disk_mib": sum(parts.values()) / MIB,
+        "disk_parts_mib": {name: size / MIB for name, size in parts.items()},
         "lengths_measured": lengths_measured,
     }
 
@@ -329,6 +351,7 @@ def _engine_plan(
     attention: Backend,
     held_out_longest: int,
     matmul_rate: float | None,
+    disk: Mapping[str, int] | None,
 ) -> Plan:
     element = compute_dtype.itemsize
     shape = LayerShape.of(config, section.lora_rank, tuple(section.target_modules))
@@ -363,7 +386,7 @@ def _engine_plan(
     if choice is None:
         raise _does_not_fit(config, shape, fixed, longest, available, element, attention, precision)
     adapter, optimizer = fixed.masters * 2 / MIB, fixed.optimizer / MIB
-    common = _common(config, section, lengths, device, precision, compute_dtype, adapter, optimizer, lengths_measured)
+    common = _common(config, section, lengths, device, precision, compute_dtype, lengths_measured, disk)
     speed = None
     if matmul_rate is not None:
         speed = STEP_SHARE * matmul_rate / (choice.cost / (sum(map(sum, steps)) / len(steps)))
