@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from scipy import stats as distributions
+from scipy import special
 
 from deepdoctor.data.rows import Question
 
@@ -116,4 +116,6 @@ def _fit(cells: Sequence[tuple[float, float]]) -> float | None:
         kept = [*kept, joined]
     if len(kept) < 2:
         return None
-    return float(distributions.chisquare([o for _, o in kept], [e for e, _ in kept]).pvalue)
+    # scipy.stats has these distributions too, and takes half a second to import.
+    distance = sum((observed - expected) ** 2 / expected for expected, observed in kept)
+    return float(special.chdtrc(len(kept) - 1, distance))

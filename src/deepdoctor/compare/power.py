@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from scipy import stats as distributions
+from scipy import special
 
 from deepdoctor.compare.stats import minimum_detectable_difference
 from deepdoctor.compare.tasks.known import TASKS, find_task
@@ -72,7 +72,7 @@ def questions_needed(
     """
     if not 0 < resolution <= 1 or not 0 <= discordance <= 1 or copies < 1:
         raise ValueError(f"resolution {resolution}, discordance {discordance}, copies {copies}: out of range")
-    reach = float(distributions.norm.ppf(1 - alpha / 2) + distributions.norm.ppf(power))
+    reach = float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
     return math.ceil(copies * reach**2 * max(discordance, resolution) / resolution**2 - 1e-9)
 
 

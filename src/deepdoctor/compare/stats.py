@@ -28,7 +28,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
-from scipy import stats as distributions
 
 from deepdoctor.errors import DataError
 
@@ -252,7 +251,7 @@ def difference_intervals(
     n, n_clusters = difference.shape[-1], int(codes.max()) + 1
     clustered, tail = n_clusters < n, (1 + confidence) / 2
     effect = _design_effect(difference, codes, n_clusters) if clustered else np.ones(difference.shape[:-1])
-    quantile = float(distributions.t.ppf(tail, max(n_clusters - 1, 1)) if clustered else distributions.norm.ppf(tail))
+    quantile = float(special.stdtrit(max(n_clusters - 1, 1), tail) if clustered else special.ndtri(tail))
     b, c = (difference < 0).sum(-1) / effect, (difference > 0).sum(-1) / effect
     return *tango_interval(b, c, n / effect, quantile), _mcnemar(b, c), effect
 
@@ -282,7 +281,7 @@ def cluster_robust_interval(found: PairedDifference) -> tuple[float | None, floa
     """
     if found.difference is None or not found.se:
         return None, None
-    reach = float(distributions.t.ppf((1 + found.confidence) / 2, found.n_clusters - 1)) * found.se
+    reach = float(special.stdtrit(found.n_clusters - 1, (1 + found.confidence) / 2)) * found.se
     return found.difference - reach, found.difference + reach
 
 
@@ -335,7 +334,7 @@ def heterogeneity(differences: Sequence[float], errors: Sequence[float]) -> floa
         return None
     d, weight = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]) ** -2.0
     q = float((weight * (d - np.average(d, weights=weight)) ** 2).sum())
-    return float(distributions.chi2.sf(q, len(pairs) - 1))
+    return float(special.chdtrc(len(pairs) - 1, q))
 
 
 def harm_check(found: PairedDifference, margin: float) -> HarmCheck:
@@ -388,9 +387,9 @@ def paired_mean(
     known = se > 1e-12 * float(np.abs(np.concatenate([one, two])).max())
     low = high = p_value = None
     if known:
-        reach = float(distributions.t.ppf((1 + confidence) / 2, n_clusters - 1)) * se
+        reach = float(special.stdtrit(n_clusters - 1, (1 + confidence) / 2)) * se
         low, high = mean - reach, mean + reach
-        p_value = float(2 * distributions.t.sf(abs(mean) / se, n_clusters - 1))
+        p_value = float(2 * special.stdtr(n_clusters - 1, -abs(mean) / se))
     method = (
         f"paired t interval, {n_clusters - 1} degrees of freedom" if known else "no interval: the pairs show no spread"
     )
@@ -425,7 +424,7 @@ def minimum_detectable_difference(
         raise ValueError(f"discordance is a share of pairs in 0..1, not {discordance}")
     if n <= 0:
         return None
-    reach = float(distributions.norm.ppf(1 - alpha / 2) + distributions.norm.ppf(power))
+    reach = float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
     smallest = reach * math.sqrt(discordance / n)
     if smallest >= discordance:
         smallest = reach**2 / n
@@ -441,7 +440,7 @@ def proportion_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float
         raise ValueError(f"a share needs 0 <= k <= n, not k={k}, n={n}")
     if n == 0:
         return 0.0, 1.0
-    z2 = float(distributions.norm.ppf((1 + confidence) / 2)) ** 2
+    z2 = float(special.ndtri((1 + confidence) / 2)) ** 2
     centre, reach = k + z2 / 2, math.sqrt(z2 * k * (n - k) / n + z2 * z2 / 4)
     low, high = (centre - reach) / (n + z2), (centre + reach) / (n + z2)
     return (0.0 if k == 0 else low), (1.0 if k == n else high)
