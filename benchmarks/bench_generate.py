@@ -9,13 +9,13 @@ tokenizer_config.json, needed where --base does not exist yet: it is written (ra
 DeepSeek-R1-Distill-Llama-8B, 16 GB), and thrown away afterwards where it is not given. --peers: site folder for the
 peers, see peers/README.md. --tiny (a CPU suffices) is for trials and keeps no results unless --out is given.
 
-On a GPU one process of a system answers all cases of a number format in the order below, and loads once. On the CPU
-every (case, system) has a process of its own, the systems take turns, three rounds, and the median counts. Processes
-run one after another, each for --timeout at most; a case that fails leaves its error in the table, and those before it
-stay. Prompts are the tutorial's, of the rows nearest to 150 tokens; a repeated row gets a number, so that none are
-equal. Peers get the same token ids, padded on the left; --peer-tokens has them write another number of tokens than
-ours, where time is short. Prints one table and adds to benchmarks/results/generate_<gpu|cpu>_<date>.json, case by case
-as they end: a later command of the same day replaces what it measured again.
+On a GPU one process of a system answers all cases of a number format and setting in the order below, and loads once.
+On the CPU every (case, system) has a process of its own, the systems take turns, three rounds, and the median counts.
+Processes run one after another, each for --timeout at most; a case that fails leaves its error in the table, and those
+before it stay. Prompts are the tutorial's, of the rows nearest to 150 tokens; a repeated row gets a number, so that
+none are equal. Peers get the same token ids, padded on the left; --peer-tokens has them write another number of tokens
+than ours, where time is short. Prints one table and adds to benchmarks/results/generate_<gpu|cpu>_<date>.json, case by
+case as they end: a later command of the same day replaces what it measured again.
 
 Cases
 one_stream       8B, NF4, with an adapter of rank 16 on all seven projections and random B; 1,000 tokens
@@ -64,19 +64,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """tuned: whether there is an adapter."""
 _CPU: list[dict[str, Any]] = [{"precision": "fp32"}, {"precision": "bf16"}]
+_GRAPHS: dict[str, Any] = {"environment": {"UNSLOTH_DECODE_CUDA_GRAPHS": "1"}}
+"""Unsloth's own switch, off by default: decode steps as CUDA graphs."""
 PEERS: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("one_stream", "unsloth"): [{}],
+    ("one_stream", "unsloth"): [{}, _GRAPHS],
     ("one_stream", "transformers"): [{}],
-    ("streams64", "unsloth"): [{}],
+    ("streams64", "unsloth"): [{}, _GRAPHS],
     ("streams64", "transformers"): [{}],
     ("streams256", "unsloth"): [{}],
     ("streams256", "transformers"): [{}],
-    ("bf16_one_stream", "unsloth"): [{}],
+    ("bf16_one_stream", "unsloth"): [{}, _GRAPHS],
     ("bf16_one_stream", "transformers"): [{}, {"cache": "static"}],
     ("cpu_one_stream", "transformers"): _CPU,
     ("cpu_streams16", "transformers"): _CPU,
 }
-"""What a peer changes of its case; of several the fastest counts."""
+"""What a peer changes of its case, environment: variables of its process; of several the fastest counts."""
 SYSTEMS = ("deepdoctor", "unsloth", "transformers")
 
 
@@ -177,7 +179,8 @@ def setting_of(system: str, job: dict[str, Any], changed: dict[str, Any]) -> str
     if job["adapter"]:
         mixed = system == "deepdoctor" and job["streams"] > 1
         words.append("half base, half tuned" if mixed else "all tuned")
-    return ", ".join([*words, *(["static cache, compiled"] if changed.get("cache") == "static" else [])])
+    words += ["static cache, compiled"] if changed.get("cache") == "static" else []
+    return ", ".join([*words, *(f"{name}={value}" for name, value in changed.get("environment", {}).items())])
 
 
 def runs_of(case: str, place: dict[str, Any], arguments: argparse.Namespace) -> list[Run]:
@@ -199,10 +202,11 @@ def runs_of(case: str, place: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def processes(runs: list[Run]) -> list[list[Run]]:
-    """The runs that a process does: one on the CPU, on a GPU all of a system, number format and adapter."""
+    """The runs that a process does: one on the CPU, on a GPU all of a system, number format, adapter, environment."""
     found: dict[Any, list[Run]] = {}
     for number, run in enumerate(runs):
-        key = number if on_cpu(run.case) else (run.system, run.job["precision"], run.job["adapter"])
+        environment = tuple(run.changed.get("environment", {}).items())
+        key = number if on_cpu(run.case) else (run.system, run.job["precision"], run.job["adapter"], environment)
         found.setdefault(key, []).append(run)
     return [*found.values()]
 
@@ -234,7 +238,8 @@ def run_round(
     else:
         script = ROOT / "benchmarks" / "peers" / f"generate_{system}.py"
         command, env = [sys.executable, str(script), json.dumps(jobs)], environment(arguments.peers)
-    ending = run_process(command, env | hidden, folder, arguments.timeout, heard)
+    env = {**env, **hidden, **runs[0].changed.get("environment", {})}
+    ending = run_process(command, env, folder, arguments.timeout, heard)
     for number in [*waiting]:
         heard({"number": number, "error": ending})
 
