@@ -50,7 +50,13 @@ def ask(
     adapter = session.adapter if "tuned" in sides else None
     sampling = session.sampling(section, session.recipe.seed)
     generator = Generator(
-        session.decoder, adapter, session.prompt.stop_ids, section.batch_size, session.reduced, session.words
+        session.decoder,
+        adapter,
+        session.prompt.stop_ids,
+        section.batch_size,
+        session.reduced,
+        session.words,
+        kv_format=section.kv_cache,
     )
     items = [Item("ask", f"q{number}", question) for number, question in enumerate(questions, 1)]
     keys = [(number, side) for number in range(len(items)) for side in sides]

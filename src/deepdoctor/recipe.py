@@ -208,6 +208,9 @@ class SamplingSection(Section):
     """The thinking is closed for the model once this budget is spent (arXiv 2501.19393); null: never."""
     batch_size: PositiveInt = 16
     """Answers written at once."""
+    kv_cache: Literal["auto", "fp8", "int8"] = "auto"
+    """What our engine holds keys and values in. auto: as computed. fp8, int8: half the memory, so more answers at once
+    on a GPU, and less exact; see docs/concepts/exactness.md for how much."""
 
 
 class AskSection(SamplingSection):
@@ -261,6 +264,8 @@ class CompareSection(SamplingSection):
             raise ValueError("max_thinking_tokens must be below max_new_tokens, which the answer is part of")
         if self.engine == "vllm" and (self.vllm_url is None) == (self.vllm_python is None):
             raise ValueError("engine vllm needs either vllm_url or vllm_python")
+        if self.engine == "vllm" and self.kv_cache != "auto":
+            raise ValueError("kv_cache is our own engine's: start the vLLM server with --kv-cache-dtype instead")
         return self
 
 

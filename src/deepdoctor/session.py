@@ -17,6 +17,7 @@ from deepdoctor.data.prompt import THINK_CLOSE, THINK_OPEN, Prompt
 from deepdoctor.data.rows import Question
 from deepdoctor.errors import DataError, RunError, UsageError
 from deepdoctor.model.adapter import Adapter, LoraSettings
+from deepdoctor.model.block_pool import check_format
 from deepdoctor.model.config import ModelConfig
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.generate import Words
@@ -119,6 +120,9 @@ class Session:
         """The frozen base, loaded now."""
         model = self.recipe.model
         device = choose_device(model.device)
+        # Compare answers after training: what it cannot have had better be known before.
+        for name, section in (("ask", self.recipe.ask), ("compare", self.recipe.compare)):
+            check_format(section.kv_cache, device, f"{name}.kv_cache")
         if model.vram and device.type == "cuda":
             limit_memory(device, parse_size(model.vram, "model.vram"))
         started = time.perf_counter()

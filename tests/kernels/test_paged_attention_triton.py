@@ -4,10 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_paged_attention import CASES, Case, check_attention, check_store, draw, plain
+from test_paged_attention import CASES, EIGHT_BITS, Case, check_attention, check_store, draw, plain
 
 from deepdoctor.errors import KernelInputError
-from deepdoctor.kernels.paged_attention import paged_attention, paged_scratch_elements, rope_and_store
+from deepdoctor.kernels.paged_attention import (
+    no_eight_bits_because,
+    paged_attention,
+    paged_scratch_elements,
+    rope_and_store,
+)
 from helpers_numeric import assert_no_less_accurate
 from helpers_triton import DEVICE, INTERPRETED, needs_triton
 
@@ -15,6 +20,7 @@ pytestmark = needs_triton
 
 # The interpreter's products know no bf16.
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float16,)
+CONVERTED = [stored for stored in EIGHT_BITS if no_eight_bits_because(DEVICE, stored) is None]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +44,37 @@ def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_is_the_definition_triton(case: Case, dtype: torch.dtype) -> None:
     """One piece, pieces of several blocks, more pieces than blocks, a number of pieces that is no power of two."""
     check_attention(case, dtype, DEVICE, "triton", (1, 2, 5, 16))
+
+
+@pytest.mark.parametrize("stored", CONVERTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_eight_bits_triton(case: Case, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """A cache of 8 bits: the codes of ``quantize_heads``, and as exact as the definition on what they stand for.
+
+    The interpreter does not round to e4m3 as the format says.
+    """
+    check_attention(case, dtype, DEVICE, "triton", (1, 2, 5), stored)
+    if stored == torch.int8 or not INTERPRETED:
+        check_store(case, dtype, DEVICE, "triton", stored)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("stored", CONVERTED, ids=str)
+def test_what_is_not_finite_shows(stored: torch.dtype) -> None:
+    """A nan or an inf in a new key or value is not hidden by 8 bits: the slot's output is not finite."""
+    for bad in (torch.nan, torch.inf):
+        for head in (8, 11):
+            paged = draw(Case((40, 40)), torch.float16, DEVICE, room=1, stored=stored)
+            qkv = torch.ones(2, 12, 64, dtype=torch.float16, device=DEVICE)
+            qkv[0, head, 5] = bad
+            angles = torch.cat([torch.ones(64, 32), torch.zeros(64, 32)], 1).to(DEVICE)
+            cache = (paged.k, paged.v, paged.block_table)
+            rope_and_store(qkv, angles, paged.lengths, *cache, absmax=paged.absmax, impl="triton")
+            out = paged_attention(
+                qkv[:, :8], *cache, paged.lengths + 1, out=qkv.new_empty(2, 8, 64), absmax=paged.absmax, impl="triton"
+            )
+            assert not out[0].isfinite().all() and out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float32), ids=str)

@@ -31,7 +31,13 @@ def answering(session: Session, folders: Mapping[str, Path]) -> Iterator[MakeGen
     section = session.recipe.compare
     if section.engine == "deepdoctor":
         yield lambda prompt, adapters, words: Generator(
-            session.decoder, adapters, prompt.stop_ids, section.batch_size, session.reduced, words
+            session.decoder,
+            adapters,
+            prompt.stop_ids,
+            section.batch_size,
+            session.reduced,
+            words,
+            kv_format=section.kv_cache,
         )
         return
     decoder = session.decoder

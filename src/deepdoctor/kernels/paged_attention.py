@@ -10,6 +10,13 @@ share one key head (GQA, arXiv 2305.13245)::
 block; lengths then count the new token too. A slot that is idle has length 0 and position -1: its output is zeros, and
 nothing of it is read or written.
 
+A cache holds the dtype of q, or 8 bits: e4m3 or int8 under the largest magnitude of each head of each position, in
+fp32 and beside it. With L the largest number of the format (448, 127)::
+
+    stored = round(x · L / absmax)        x ~ stored · absmax / L
+
+Scores and weights are multiplied by the absmax, so that keys and values enter the products as they are stored.
+
 Everything that changes from step to step (positions, lengths, block table) is read on the device and every result has
 its place given, so the kernels may be captured in a CUDA graph.
 
@@ -24,9 +31,45 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
+from deepdoctor.kernels.fp8 import E4M3
 from deepdoctor.kernels.rows import FLOAT_DTYPES, check_contiguous
 
-__all__ = ["paged_attention", "paged_scratch_elements", "rope_and_store"]
+__all__ = [
+    "LARGEST",
+    "as_indexed",
+    "no_eight_bits_because",
+    "paged_attention",
+    "paged_scratch_elements",
+    "quantize_heads",
+    "rope_and_store",
+]
+
+LARGEST = {E4M3: 448.0, torch.int8: 127.0}
+"""The largest number of each 8-bit format that a cache may hold."""
+SMALLEST_HEAD = 1e-30
+"""Heads whose largest value is less get the absmax of this: zeros stay zeros."""
+CAPABILITY = (8, 9)
+"""First compute capability that converts to and from e4m3: Ada (8.9), Hopper (9.0)."""
+
+
+def no_eight_bits_because(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot read a cache of this dtype on a GPU, or None where they can."""
+    if dtype == E4M3 and device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return f"{name} cannot convert fp8 (compute capability {capability[0]}.{capability[1]}, 8.9 or more needed)"
+    return None
+
+
+def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x (..., H) as a cache of ``dtype`` (e4m3 or int8) stores it, and the absmax (...) in fp32.
+
+    Rounded to nearest even; the scale is taken in fp32. The absmax of a head with a nan or inf is nan.
+    """
+    wide = x.float()
+    absmax = wide.abs().amax(-1).clamp_(min=SMALLEST_HEAD)
+    absmax.masked_fill_(absmax.isinf(), torch.nan)
+    scaled = wide * (LARGEST[dtype] / absmax)[..., None]
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), absmax
 
 
 def paged_scratch_elements(slots: int, heads: int, head_dim: int, splits: int) -> int:
@@ -43,6 +86,7 @@ def paged_attention(
     lengths: Tensor,
     *,
     out: Tensor,
+    absmax: Tensor | None = None,
     splits: int = 1,
     scratch: Tensor | None = None,
     scale: float | None = None,
@@ -51,20 +95,21 @@ def paged_attention(
     """Attend from one token per slot and write into out, which is returned.
 
     q            (B, N, H)  bf16 | fp16 | fp32, heads contiguous and side by side: a slice of qkv will do
-    k, v         (blocks, K, block_size, H)  contiguous, dtype of q; K divides N
+    k, v         (blocks, K, block_size, H)  contiguous, dtype of q, or e4m3 | int8 with absmax; K divides N
     block_table  (B, M)     int32, contiguous; entries past a slot's length are not read
     lengths      (B,)       int32, contiguous: filled positions, at most M · block_size; 0: the slot is idle
     out          (B, N, H)  contiguous, dtype of q
+    absmax       (2, blocks, K, block_size)  fp32, contiguous: of k and of v where they are 8 bits, else None
     splits       pieces that each slot's positions are cut into, for the GPU: slots · K · splits programs run
     scratch      fp32, contiguous, ``paged_scratch_elements`` or more, overwritten; allocated when None
     scale        1 / sqrt(H) when None
     impl         "triton" takes bf16 and fp16, H of 16 to 256 and block_size of 16 to 128, each a power of two; "auto"
-                 takes PyTorch for others, which waits for the device
+                 takes PyTorch for others, and for e4m3 below compute capability 8.9; that waits for the device
 
     Raises KernelInputError on any mismatch above; values of block_table and lengths are not looked at.
     """
     op = "paged_attention"
-    _check_cache(op, k, v, q, "q")
+    _check_cache(op, k, v, absmax, q, "q")
     slots, heads, head_dim = q.shape
     if heads % k.shape[1] or q.stride()[1:] != (head_dim, 1):
         raise KernelInputError(
@@ -77,7 +122,7 @@ def paged_attention(
         raise KernelInputError(f"{op}: splits is {splits}, expected 1 or more")
     scale = head_dim**-0.5 if scale is None else scale
     if not _kernel(op, impl, q, k):
-        return _attend(q, k, v, block_table, lengths, out, scale)
+        return _attend(q, (k, v), absmax, block_table, lengths, out, scale)
     elements = paged_scratch_elements(slots, heads, head_dim, splits)
     if scratch is None:
         scratch = torch.empty(elements, dtype=torch.float32, device=q.device)
@@ -85,7 +130,7 @@ def paged_attention(
         raise KernelInputError(f"{op}: scratch has {scratch.numel()} {scratch.dtype}, expected {elements} of fp32")
     from deepdoctor.kernels import paged_attention_triton
 
-    paged_attention_triton.attend(q, k, v, block_table, lengths, out, splits, scratch, scale)
+    paged_attention_triton.attend(q, k, v, absmax, block_table, lengths, out, splits, scratch, scale)
     return out
 
 
@@ -98,6 +143,7 @@ def rope_and_store(
     v: Tensor,
     block_table: Tensor,
     *,
+    absmax: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Rotate q in place; write the rotated k, and v, of each slot's new token to its block.
@@ -106,14 +152,16 @@ def rope_and_store(
     cos_sin      (P, H)     fp32, contiguous: cos and sin of each position side by side (``rope.rope_tables``); rounded
                  to qkv's dtype, the products summed in fp32 and rounded once, as ``rope.rope_qkv_`` does
     positions    (B,)       int32, contiguous: of the new token, below P and M · block_size; -1: the slot is idle
-    k, v         (blocks, K, block_size, H)  contiguous, dtype of qkv
+    k, v         (blocks, K, block_size, H)  contiguous, dtype of qkv, or e4m3 | int8 with absmax: ``quantize_heads`` of
+                 what is rounded to qkv's dtype
     block_table  (B, M)     int32, contiguous
+    absmax       (2, blocks, K, block_size)  fp32, contiguous, where k and v are 8 bits: gets those of the new token
     returns      qkv, whose k and v heads are as they were
 
     Raises KernelInputError on any mismatch above; values of positions and block_table are not looked at.
     """
     op = "rope_and_store"
-    _check_cache(op, k, v, qkv, "qkv")
+    _check_cache(op, k, v, absmax, qkv, "qkv")
     slots, heads, head_dim = qkv.shape
     key_heads = k.shape[1]
     if head_dim % 2 or not qkv.is_contiguous() or heads <= 2 * key_heads:
@@ -123,10 +171,10 @@ def rope_and_store(
         )
     check_contiguous(op, "cos_sin", cos_sin, (cos_sin.shape[0], head_dim), torch.float32, qkv.device)
     _check_table(op, block_table, "positions", positions, slots, qkv.device)
-    if use_triton(impl, qkv):
+    if _use_triton(op, impl, qkv, k):
         from deepdoctor.kernels import paged_attention_triton
 
-        paged_attention_triton.rope_and_store(qkv, cos_sin, positions, k, v, block_table)
+        paged_attention_triton.rope_and_store(qkv, cos_sin, positions, k, v, absmax, block_table)
         return qkv
     live = (positions >= 0).nonzero().flatten()
     at = positions[live].long()
@@ -136,21 +184,41 @@ def rope_and_store(
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(qkv.dtype)
     blocks, places = block_table[live, at // k.shape[2]].long(), at % k.shape[2]
     qkv[live, : heads - 2 * key_heads] = turned[:, :-key_heads]
-    k[blocks, :, places] = turned[:, -key_heads:]
-    v[blocks, :, places] = values
+    for which, (cache, new) in enumerate(((k, turned[:, -key_heads:]), (v, values))):
+        if absmax is not None:
+            new, absmax[which][blocks, :, places] = quantize_heads(new, cache.dtype)
+        as_indexed(cache)[blocks, :, places] = as_indexed(new)
     return qkv
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor, scale: float) -> Tensor:
+def as_indexed(cache: Tensor) -> Tensor:
+    """A view that PyTorch can index: the bytes of e4m3, any other dtype as it is."""
+    return cache.view(torch.uint8) if cache.dtype == E4M3 else cache
+
+
+def _attend(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    absmax: Tensor | None,
+    block_table: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    scale: float,
+) -> Tensor:
     """Slot by slot in fp32, over the blocks that are filled."""
-    group, size = q.shape[1] // k.shape[1], k.shape[2]
+    _, key_heads, size, _ = kv[0].shape
+    group = q.shape[1] // key_heads
     for slot, length in enumerate(lengths.tolist()):
         if not length:
             out[slot] = 0
             continue
         blocks = block_table[slot, : -(-length // size)].long()
+        held = [as_indexed(cache)[blocks].view(cache.dtype).float() for cache in kv]
+        if absmax is not None:
+            scales = absmax[:, blocks, ..., None].double() / LARGEST[kv[0].dtype]
+            held = [(part * scale).float() for part, scale in zip(held, scales, strict=True)]
         # (blocks, K, block_size, H) -> (K, positions, H)
-        keys, values = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float() for cache in (k, v))
+        keys, values = (part.transpose(0, 1).flatten(1, 2)[:, :length] for part in held)
         heads = q[slot].unflatten(0, (-1, group)).float()
         weights = (heads @ keys.transpose(1, 2)).mul_(scale).softmax(-1)
         out[slot] = (weights @ values).flatten(0, 1)
@@ -159,7 +227,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tenso
 
 def _kernel(op: str, impl: Impl, q: Tensor, k: Tensor) -> bool:
     """Whether the Triton kernel attends."""
-    if not use_triton(impl, q):
+    if not _use_triton(op, impl, q, k):
         return False
     size, head_dim = k.shape[2:]
     fits = q.dtype != torch.float32 and _power(head_dim, 16, 256) and _power(size, 16, 128)
@@ -172,22 +240,41 @@ def _kernel(op: str, impl: Impl, q: Tensor, k: Tensor) -> bool:
     return fits
 
 
+def _use_triton(op: str, impl: Impl, heads: Tensor, k: Tensor) -> bool:
+    """As ``use_triton``; older cards have no conversion of e4m3."""
+    if not use_triton(impl, heads):
+        return False
+    reason = no_eight_bits_because(k.device, k.dtype)
+    if reason and impl == "triton":
+        raise KernelInputError(f"{op}: impl is 'triton', but {reason}", "use impl='auto', or a cache of int8")
+    return reason is None
+
+
 def _power(number: int, low: int, high: int) -> bool:
     return low <= number <= high and number & (number - 1) == 0
 
 
-def _check_cache(op: str, k: Tensor, v: Tensor, heads: Tensor, name: str) -> None:
-    """Refuse a cache that is not (blocks, K, block_size, H), and heads that are not (B, heads, H) of its kind."""
-    if k.dim() != 4 or k.dtype not in FLOAT_DTYPES or not k.is_contiguous() or 0 in k.shape[1:]:
+def _check_cache(op: str, k: Tensor, v: Tensor, absmax: Tensor | None, heads: Tensor, name: str) -> None:
+    """Refuse a cache that is not (blocks, K, block_size, H), and heads that are not (B, heads, H) beside it."""
+    if k.dim() != 4 or k.dtype not in (*FLOAT_DTYPES, *LARGEST) or not k.is_contiguous() or 0 in k.shape[1:]:
         raise KernelInputError(
             f"{op}: k is {tuple(k.shape)} {k.dtype}, strides {k.stride()}; "
-            "expected a contiguous (blocks, K, block_size, H) of bf16, fp16 or fp32"
+            "expected a contiguous (blocks, K, block_size, H) of bf16, fp16, fp32, e4m3 or int8"
         )
     check_contiguous(op, "v", v, k.shape, k.dtype, k.device)
-    if heads.dim() != 3 or heads.shape[2] != k.shape[3] or heads.dtype != k.dtype or heads.device != k.device:
+    dtypes: tuple[torch.dtype, ...] = (k.dtype,)
+    if k.dtype in LARGEST:
+        dtypes = FLOAT_DTYPES
+        if absmax is None:
+            raise KernelInputError(f"{op}: absmax is None, but k is {k.dtype}; expected the absmax of k and v")
+        check_contiguous(op, "absmax", absmax, (2, *k.shape[:3]), torch.float32, k.device)
+    elif absmax is not None:
+        raise KernelInputError(f"{op}: absmax is given, but k is {k.dtype}; expected e4m3 or int8")
+    if heads.dim() != 3 or heads.shape[2] != k.shape[3] or heads.dtype not in dtypes or heads.device != k.device:
+        wanted = " or ".join(map(str, dtypes))
         raise KernelInputError(
             f"{op}: {name} is {tuple(heads.shape)} {heads.dtype} on {heads.device}, "
-            f"expected (B, heads, {k.shape[3]}) {k.dtype} on {k.device}"
+            f"expected (B, heads, {k.shape[3]}) {wanted} on {k.device}"
         )
 
 

@@ -9,6 +9,9 @@ first kernel writes the output itself. Scores are kept times log2(e), so that ex
 The grid hangs on shapes alone. Bytes: at 8 key heads of 128 and 16 bits, a position costs 4 KiB a layer; 700 positions
 are 2.9 MB, 0.9 us at 3.35 TB/s. One slot makes 8 programs, so it wants 16 or more pieces; 64 slots want 2 to 4.
 
+Keys and values of 8 bits are converted to the dtype of q on their way to the products, which is exact; their absmax
+goes into the scores, and into the weights of the values.
+
 What is computed stands in ``paged_attention.py``; arguments are checked there. Offsets into a cache are int64.
 """
 
@@ -22,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepdoctor.kernels.dependent_triton import dependent, start_next, wait
+from deepdoctor.kernels.paged_attention import LARGEST
 
 __all__ = ["attend", "rope_and_store"]
 
@@ -29,12 +33,17 @@ STAGES = 3
 """Numbers of blocks come two ahead, keys and values one: 38 KiB of shared memory at H 128 and block_size 64."""
 # Elements of a half-head tile, as in rope_triton.py: eight for each thread of one warp.
 TILE = 256
+# As in paged_attention.py.
+SMALLEST_HEAD = tl.constexpr(1e-30)
+# Added to and taken off a fp32 below 2^22, it rounds to a whole number, to nearest even.
+WHOLE = tl.constexpr(12582912.0)
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    absmax: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
     out: Tensor,
@@ -48,12 +57,14 @@ def attend(
     group = heads // key_heads
     if not slots:
         return
+    k_absmax, v_absmax = (None, None) if absmax is None else absmax
+    largest = LARGEST.get(k.dtype, 1.0)
     with torch.cuda.device_of(q):
         _attend[(key_heads, splits, slots)](
-            q, k, v, block_table, lengths, out if splits == 1 else scratch, scratch, scale * math.log2(math.e),
-            q.stride(0), block_table.shape[1], slots, KEY_HEADS=key_heads, GROUP=group,
-            ROWS=max(16, triton.next_power_of_2(group)), SPLITS=splits, SIZE=size, HEAD=head_dim, STAGES=STAGES,
-            num_warps=4, **dependent(q.device),
+            q, k, v, k_absmax, v_absmax, block_table, lengths, out if splits == 1 else scratch, scratch,
+            scale * math.log2(math.e) / largest, q.stride(0), block_table.shape[1], slots, KEY_HEADS=key_heads,
+            GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SPLITS=splits, SIZE=size, HEAD=head_dim,
+            LARGEST=largest, STAGES=STAGES, num_warps=4, **dependent(q.device),
         )  # fmt: skip
         if splits > 1:
             _combine[(heads, slots)](
@@ -62,7 +73,15 @@ def attend(
             )  # fmt: skip
 
 
-def rope_and_store(qkv: Tensor, cos_sin: Tensor, positions: Tensor, k: Tensor, v: Tensor, block_table: Tensor) -> None:
+def rope_and_store(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    v: Tensor,
+    absmax: Tensor | None,
+    block_table: Tensor,
+) -> None:
     """Rotate q in place, and write the rotated k, and v, to their blocks."""
     slots, heads, head_dim = qkv.shape
     key_heads, size = k.shape[1:3]
@@ -70,20 +89,22 @@ def rope_and_store(qkv: Tensor, cos_sin: Tensor, positions: Tensor, k: Tensor, v
         return
     block = triton.next_power_of_2(head_dim // 2)
     step = max(1, TILE // block)
+    k_absmax, v_absmax = (None, None) if absmax is None else absmax
     with torch.cuda.device_of(qkv):
         _rope_and_store[(triton.cdiv(heads, step), slots)](
-            qkv, cos_sin, positions, k, v, block_table, block_table.shape[1], HEADS=heads - 2 * key_heads,
-            KEY_HEADS=key_heads, SIZE=size, HALF=head_dim // 2, STEP=step, BLOCK=block, num_warps=1,
-            **dependent(qkv.device),
+            qkv, cos_sin, positions, k, v, k_absmax, v_absmax, block_table, block_table.shape[1],
+            HEADS=heads - 2 * key_heads, KEY_HEADS=key_heads, SIZE=size, HALF=head_dim // 2, STEP=step, BLOCK=block,
+            LARGEST=LARGEST.get(k.dtype, 1.0), num_warps=1, **dependent(qkv.device),
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_stride", "slots"])
 def _attend(
-    q, k, v, block_table, lengths, out, scratch, scale, q_stride, table_stride, slots, KEY_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    q, k, v, k_absmax, v_absmax, block_table, lengths, out, scratch, scale, q_stride, table_stride, slots,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr,
+    HEAD: tl.constexpr, LARGEST: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """k_absmax, v_absmax: None for a cache in the dtype of q. scale: with log2(e), and 1 / LARGEST."""
     start_next(DEPENDENT)
     wait(DEPENDENT)
     key_head = tl.program_id(0)
@@ -112,13 +133,25 @@ def _attend(
         start = (block * KEY_HEADS + key_head) * (SIZE * HEAD)
         keys = tl.load(k + start + inside, mask=filled[:, None], other=0.0)
         values = tl.load(v + start + inside, mask=filled[:, None], other=0.0)
-        scores = tl.where(filled[None, :], tl.dot(heads, tl.trans(keys)) * scale, -float("inf"))
+        if k_absmax is None:
+            scores = tl.dot(heads, tl.trans(keys)) * scale
+        else:
+            at = (block * KEY_HEADS + key_head) * SIZE + place
+            k_largest = tl.load(k_absmax + at, mask=filled, other=0.0)
+            v_largest = tl.load(v_absmax + at, mask=filled, other=0.0)
+            values = values.to(heads.dtype)
+            scores = tl.dot(heads, tl.trans(keys.to(heads.dtype))) * (k_largest * scale)[None, :]
+        scores = tl.where(filled[None, :], scores, -float("inf"))
         higher = tl.maximum(largest, tl.max(scores, axis=1))
         shrink = tl.exp2(largest - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
+        if v_absmax is not None:
+            weights = weights * v_largest[None, :]
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
         largest = higher
+    if v_absmax is not None:
+        acc = acc * (1 / LARGEST)
     head = slot.to(tl.int64) * (KEY_HEADS * GROUP) + key_head * GROUP + row
     if SPLITS == 1:
         # An idle slot has no sum: zeros.
@@ -159,8 +192,9 @@ def _combine(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _rope_and_store(
-    qkv, cos_sin, positions, k, v, block_table, table_stride, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
-    SIZE: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    qkv, cos_sin, positions, k, v, k_absmax, v_absmax, block_table, table_stride, HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """STEP heads of one slot."""
     start_next(DEPENDENT)
@@ -186,8 +220,32 @@ def _rope_and_store(
     tl.store(at + HALF, second, mask=mask & is_query)
     block = tl.load(block_table + slot.to(tl.int64) * table_stride + position // SIZE, mask=live, other=0).to(tl.int64)
     key_head = tl.where(is_value, head - HEADS - KEY_HEADS, head - HEADS)
-    to = ((block * KEY_HEADS + key_head) * SIZE + position % SIZE) * HEAD + column
-    tl.store(k + to, first, mask=mask & (head >= HEADS) & (head < HEADS + KEY_HEADS))
-    tl.store(k + to + HALF, second, mask=mask & (head >= HEADS) & (head < HEADS + KEY_HEADS))
+    row = (block * KEY_HEADS + key_head) * SIZE + position % SIZE
+    is_key = (head >= HEADS) & (head < HEADS + KEY_HEADS)
+    if k_absmax is not None:
+        largest = tl.maximum(_largest(tl.where(is_value, a, first)), _largest(tl.where(is_value, b, second)))
+        largest = tl.where(largest < float("inf"), tl.maximum(largest, SMALLEST_HEAD), float("nan"))
+        there = live & (head < HEADS + 2 * KEY_HEADS)
+        tl.store(k_absmax + row, largest, mask=there & is_key)
+        tl.store(v_absmax + row, largest, mask=there & is_value)
+        factor = tl.div_rn(LARGEST, largest)
+        a, b = _stored(a, factor, v.dtype.element_ty), _stored(b, factor, v.dtype.element_ty)
+        first, second = _stored(first, factor, k.dtype.element_ty), _stored(second, factor, k.dtype.element_ty)
+    to = row * HEAD + column
+    tl.store(k + to, first, mask=mask & is_key)
+    tl.store(k + to + HALF, second, mask=mask & is_key)
     tl.store(v + to, a, mask=mask & is_value)
     tl.store(v + to + HALF, b, mask=mask & is_value)
+
+
+@triton.jit
+def _largest(half):
+    """The largest magnitude of each row (STEP, 1) in fp32; inf where there is a nan."""
+    wide = half.to(tl.float32)
+    return tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _stored(half, factor, dtype: tl.constexpr):
+    scaled = half.to(tl.float32) * factor
+    return ((scaled + WHOLE) - WHOLE).to(dtype) if dtype == tl.int8 else scaled.to(dtype)

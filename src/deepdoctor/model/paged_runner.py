@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepdoctor.errors import CacheFull
 from deepdoctor.kernels.nf4_thin import THIN_ROWS
-from deepdoctor.model.block_pool import BLOCK, BlockPool, PagedCache, blocks_of, fitting_blocks
+from deepdoctor.model.block_pool import BLOCK, BlockPool, KVFormat, PagedCache, blocks_of, fitting_blocks
 from deepdoctor.model.decoder import Decoder
 from deepdoctor.model.paged_step import PagedStep
 from deepdoctor.model.runner import PREFILL_TOKENS, PackedPass, Prompt, in_turns
@@ -44,7 +44,7 @@ class PagedRunner:
 
     slots: most in use. positions: most of a slot. blocks: of the cache, at least one slot's; None: all that the slots
     can fill. keep_dense: keep dequantised weights for more than 32 slots, rather than make them anew at each step.
-    graphs: replay CUDA graphs where there is a GPU.
+    graphs: replay CUDA graphs where there is a GPU. kv_format: what keys and values are held in.
     """
 
     @torch.inference_mode()
@@ -58,6 +58,7 @@ class PagedRunner:
         *,
         keep_dense: bool = False,
         graphs: bool = True,
+        kv_format: KVFormat = "auto",
     ):
         self.decoder = decoder
         positions = min(positions, decoder.config.max_position_embeddings)
@@ -66,7 +67,7 @@ class PagedRunner:
         blocks = slots * self.width if blocks is None else blocks
         assert blocks >= self.width, f"{blocks} blocks do not hold one slot of {positions} positions"
         self.pool = BlockPool(blocks)
-        self.cache = PagedCache(decoder, blocks)
+        self.cache = PagedCache(decoder, blocks, kv_format)
         self.step = PagedStep(decoder, adapters, self.cache, slots, positions, keep_dense, graphs)
         self.prompts = PackedPass(decoder, adapters)
         self.slots: list[_Slot] = []
@@ -117,7 +118,8 @@ class PagedRunner:
             self._table[number, : len(blocks)] = torch.tensor(blocks)
             self._changed = True
         if not started:
-            return self.cache.kv.new_empty(0, self.decoder.config.vocab_size)
+            shape = (0, self.decoder.config.vocab_size)
+            return torch.empty(shape, dtype=self.decoder.compute_dtype, device=self.decoder.device)
         return torch.stack([logits[prompt] for prompt, _ in started])
 
     @torch.inference_mode()
@@ -196,14 +198,16 @@ class _Staged:
             self._free.record()
 
 
-def paged_runner(decoder: Decoder, adapters: Adapters, slots: int, positions: int) -> PagedRunner:
+def paged_runner(
+    decoder: Decoder, adapters: Adapters, slots: int, positions: int, kv_format: KVFormat = "auto"
+) -> PagedRunner:
     """A runner with as many blocks as there is memory for, and dequantised weights where that leaves enough blocks."""
     held = LoraStack.nbytes(decoder, [*by_side(adapters).values()])
-    blocks = fitting_blocks(decoder, slots, positions, keep_dense=True, adapter_bytes=held)
+    blocks = fitting_blocks(decoder, slots, positions, keep_dense=True, adapter_bytes=held, kv_format=kv_format)
     most = slots * blocks_of(min(positions, decoder.config.max_position_embeddings))
     keep_dense = blocks == most and slots > THIN_ROWS
     if not keep_dense:
-        blocks = fitting_blocks(decoder, slots, positions, adapter_bytes=held)
+        blocks = fitting_blocks(decoder, slots, positions, adapter_bytes=held, kv_format=kv_format)
     if blocks < most:
         log.info("%d blocks of keys and values instead of %d: answers may have to wait for others", blocks, most)
-    return PagedRunner(decoder, adapters, slots, positions, blocks, keep_dense=keep_dense)
+    return PagedRunner(decoder, adapters, slots, positions, blocks, keep_dense=keep_dense, kv_format=kv_format)

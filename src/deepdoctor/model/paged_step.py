@@ -25,7 +25,12 @@ from deepdoctor.kernels.bordered_nf4 import write_base
 from deepdoctor.kernels.choose import use_triton
 from deepdoctor.kernels.nf4 import NF4Weight
 from deepdoctor.kernels.nf4_thin import THIN_RANK, THIN_ROWS, ThinLinear, thin_lora
-from deepdoctor.kernels.paged_attention import paged_attention, paged_scratch_elements, rope_and_store
+from deepdoctor.kernels.paged_attention import (
+    no_eight_bits_because,
+    paged_attention,
+    paged_scratch_elements,
+    rope_and_store,
+)
 from deepdoctor.kernels.rms_norm import add_rms_norm
 from deepdoctor.kernels.rope import rope_tables
 from deepdoctor.kernels.swiglu import swiglu_forward
@@ -295,6 +300,7 @@ class PagedStep:
         """Whether every operation of a step is a kernel that needs no host."""
         size = self.config.head_dim
         kernel = 16 <= size <= 256 and size & (size - 1) == 0 and self._normed.dtype != torch.float32
+        kernel = kernel and no_eight_bits_because(self.device, self.cache.kv.dtype) is None
         return self.device.type == "cuda" and kernel and use_triton("auto", self._normed)
 
     def _splits(self, rows: int) -> int:
@@ -357,6 +363,7 @@ class PagedStep:
             residual.copy_(self._embedded[:rows])
         for number, layer in enumerate(self.layers):
             keys, values = self.cache.kv[number]
+            absmax = None if self.cache.absmax is None else self.cache.absmax[number]
             if number:
                 add_rms_norm(residual, delta, layer.input_norm, eps, out=normed)
                 residual, delta = delta, residual
@@ -365,8 +372,10 @@ class PagedStep:
             layer.qkv(normed, flat_qkv)
             if layer.head_norm is not None:
                 self._norm_heads(qkv, layer.head_norm)
-            rope_and_store(qkv, self._cos_sin, positions, keys, values, table)
-            paged_attention(queries, keys, values, table, lengths, out=attended, splits=splits, scratch=scratch)
+            rope_and_store(qkv, self._cos_sin, positions, keys, values, table, absmax=absmax)
+            paged_attention(
+                queries, keys, values, table, lengths, out=attended, absmax=absmax, splits=splits, scratch=scratch
+            )
             layer.o(flat_attended, delta)
             add_rms_norm(residual, delta, layer.post_attention_norm, eps, out=normed)
             residual, delta = delta, residual
