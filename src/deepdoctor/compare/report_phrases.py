@@ -18,6 +18,7 @@ FIELDS = {
     "label_tokens": "标签词元数", "seconds": "秒数", "tokens_per_s": "词元/秒", "updates_applied": "已执行的更新",
     "predicted_peak_mib": "预计内存峰值（MiB）", "peak_mib": "内存峰值（MiB）", "token_budget": "每批词元上限",
     "max_new_tokens": "生成长度上限", "max_thinking_tokens": "思考长度上限", "temperature": "温度", "top_p": "top-p",
+    "kv_cache": "键值缓存格式",
     "top_k": "top-k", "min_p": "min-p", "repetition_penalty": "重复惩罚", "seed": "随机种子",
     "extraction_rule": "读取选项的规则", "lax_rule": "宽松规则", "batch_size": "批大小", "date": "日期",
     "machine": "机器", "platform": "系统", "cores": "核数", "threads": "线程数", "gpu": "GPU",

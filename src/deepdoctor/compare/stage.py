@@ -221,6 +221,8 @@ def _looked_at(session: Session, items: Sequence[Item]) -> dict[str, str]:
     """Per task with a key and for POOLED, a hash that differs wherever base's or tuned's letters could."""
     recipe = session.recipe
     drawn = recipe.compare.model_dump(mode="json", include={*SamplingSection.model_fields, "samples"} - {"batch_size"})
+    if drawn["kv_cache"] == "auto":
+        del drawn["kv_cache"]  # looks from before there was a choice stay known
     common = [recipe.model.id, recipe.model.revision, session.decoder.precision, RULE_VERSION, recipe.seed, drawn]
     texts: dict[str, list[Any]] = {}
     for item in (item for item in items if item.options):
@@ -356,6 +358,7 @@ def compare_sides(session: Session, data: PreparedData) -> dict[str, Any]:
                 "min_p": sampling.min_p,
                 "repetition_penalty": sampling.repetition_penalty,
                 "max_thinking_tokens": sampling.max_thinking_tokens,
+                "kv_cache": recipe.compare.kv_cache,
                 "samples": recipe.compare.samples,
                 "shuffle_options": recipe.compare.shuffle_options,
                 "seed": recipe.seed,
