@@ -1,14 +1,13 @@
 // y = x W^T (+ bias) (+ u L^T) for a few rows of x and W in NF4. See nf4_thin_cuda.py for the why; here is the how.
 //
-// Compiled with: HALF (1: fp16, 0: bf16), TILES (of eight rows of x: 1, 2 or 4), WARPS (of a block), STAGES (spans a
-// warp has under way), DEPENDENT (programmatic dependent launch).
+// Compiled with: HALF (1: fp16, 0: bf16), TILES (of eight rows of x: 1 or 2), WARPS (that multiply), BLOCKS (of a
+// multiprocessor), STAGES (spans a warp has under way), DEPENDENT (programmatic dependent launch).
 // Terms: a tile is 16 rows of W, a span 256 columns of it, a round the spans of one tile that the warps of a block take
 // at once, one each: they lie side by side in memory. A segment is the rounds of one tile that one block walks. One
 // warp more than WARPS adds up what they leave and writes y, while they go on.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
@@ -174,7 +173,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS) nf4_thin(
     for (int other = 1; other < 4; other++) number += other < part_count && tile >= (int)parts.of[other].first_tile;
     return number;
   };
-  if (warp == WARPS) {
+  // What all warps do before they need anything of the kernel before.
+  auto fill_tables = [&]() {
     for (int first = warp * 32; first < 256; first += (WARPS + 1) * 32) {
       const u32 own = pairs[first + lane];
       for (int i = 0; i < 32; i++) store_shared(table + (first + i) * 128, __shfl_sync(0xffffffff, own, i));
@@ -183,6 +183,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS) nf4_thin(
       code_tables[at] = parts.of[at / 256].code[at % 256];
     __syncthreads();
     wait_for_previous();
+  };
+  if (warp == WARPS) {
+    fill_tables();
     u32 of_u[RANK_STEPS][TILES][2];
 #pragma unroll
     for (int step = 0; step < RANK_STEPS; step++)
@@ -289,14 +292,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS) nf4_thin(
     close_group();
   };
   for (int i = 0; i < STAGES - 1; i++) load_next();
-  for (int first = warp * 32; first < 256; first += (WARPS + 1) * 32) {
-    const u32 own = pairs[first + lane];
-    for (int i = 0; i < 32; i++) store_shared(table + (first + i) * 128, __shfl_sync(0xffffffff, own, i));
-  }
-  for (int at = threadIdx.x; at < part_count * 256; at += (WARPS + 1) * 32)
-    code_tables[at] = parts.of[at / 256].code[at % 256];
-  __syncthreads();
-  wait_for_previous();
+  fill_tables();
 
   int tile = begin / rounds, round = begin % rounds, number = 0;
   // Of x, a lane takes 16 columns of row ``group`` of each eight; one block ahead. Rows that are not there stay zero.
