@@ -227,6 +227,18 @@ def test_flags_of_every_kind(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert (recipe.data.config, recipe.model.revision) == (None, "1234567")
 
 
+@pytest.mark.parametrize("words", (["f16", "q8_0"], ["[f16, q8_0]"], ["[f16,q8_0]"]), ids=" ".join)
+def test_a_list_is_words_or_as_in_the_file(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`--export.gguf '[f16, q8_0]'` used to be one unknown type."""
+    assert resolved(capsys, TUTORIAL, "--export.gguf", *words).export.gguf == ("f16", "q8_0")
+
+
+def test_brackets_of_a_question_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    """A text that only looks like a list is one text."""
+    found = resolved(capsys, TUTORIAL, "--ask.questions", "[sic] a [strange: {one]")
+    assert found.ask.questions == ("[sic] a [strange: {one]",)
+
+
 def test_null_empties_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     """`--ask.questions null` used to ask the question "null"."""
     assert resolved(capsys, TUTORIAL, "--ask.questions", "null").ask.questions == ()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
+import yaml
 from cyclopts import Parameter
 from pydantic import BaseModel, create_model
 
@@ -46,16 +47,31 @@ Several = Parameter(consume_multiple=True, negative=())
 
 
 def given_fields(fields: BaseModel | None) -> dict[str, Any]:
-    """The values given on the command line, nested; the word null clears a field, or empties a list."""
+    """The values given on the command line, nested; the word null clears a field, or empties a list.
+
+    A list is several words (``--export.gguf f16 q8_0``) or one, written as in the file (``[f16, q8_0]``).
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, list):
-            return [] if value == ["null"] else value
+            return [] if value == ["null"] else _as_in_file(value)
         return None if value == "null" else value
 
     return plain(fields.model_dump(exclude_unset=True)) if fields is not None else {}
+
+
+def _as_in_file(words: list[str]) -> list[str]:
+    """The items of a list that was given as one word in brackets; any other words as they are."""
+    if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
+        try:
+            items = yaml.safe_load(words[0])
+        except yaml.YAMLError:
+            return words
+        if all(isinstance(item, str) for item in items):
+            return list(items)
+    return words
 
 
 def resolve_recipe(path: Path, fields: Any, vram: str | None = None, engine: str | None = None) -> Recipe:
