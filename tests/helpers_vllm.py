@@ -102,13 +102,19 @@ class _Handler(BaseHTTPRequestHandler):
                 server.bodies.append(body)
                 server.now += 1
                 server.most = max(server.most, server.now)
+            self.counted = True
             try:
                 (self.stream if body["stream"] else self.whole)(body, fault)
             except OSError:
                 server.broken.append(body["prompt"])
             finally:
-                with server.lock:
-                    server.now -= 1
+                self.ended()
+
+    def ended(self) -> None:
+        """Count the answer as done: before its last bytes go out, since the next request may come right after them."""
+        with self.server.lock:
+            self.server.now -= self.counted
+            self.counted = False
 
     def choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One choice a token, the last with its finish_reason."""
@@ -127,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
                 choice["prompt_token_ids"] = body["prompt"]
             if "logprobs" in body:
                 choice["logprobs"] = {"token_logprobs": [logprob]}
+            if reason:
+                self.ended()
             yield choice
             if reason:
                 return
