@@ -1,6 +1,8 @@
 """Merged weights are base + scale B A, rounded once, from every kind of base, and plain transformers loads them."""
 
+import ctypes
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +202,49 @@ def test_large_models_are_written_in_shards_with_an_index(bases, tmp_path, monke
         tensors = load_file(cut / file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
     torch.testing.assert_close(stocklogits_of(cut), stocklogits_of(whole), rtol=0, atol=0)
+
+
+def anonymous_bytes() -> int:
+    """What this process holds beside mapped files."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by /proc")
+def test_memory_stays_near_one_shard(tmp_path, monkeypatch):
+    """800 MB of weights in shards of 100 MB never take more than a shard and a quarter of a GiB."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    values = tiny_model("llama").config.to_dict() | {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128}
+    values |= {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24, "torch_dtype": "bfloat16"}
+    values |= {"architectures": ["LlamaForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = ModelConfig.from_folder(base)
+    wide, high = torch.randn(4096, 1024).bfloat16(), torch.randn(1024, 4096).bfloat16()
+    ends = {"model.embed_tokens.weight": (config.vocab_size, 1024), "lm_head.weight": (config.vocab_size, 1024)}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in ends.items()}
+    tensors["model.norm.weight"] = torch.ones(1024, dtype=torch.bfloat16)
+    for number in range(24):
+        layer = f"model.layers.{number}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{layer}.self_attn.{name}.weight"] = wide[:1024].clone()
+        for name, value in (("gate_proj", wide), ("up_proj", wide), ("down_proj", high)):
+            tensors[f"{layer}.mlp.{name}.weight"] = value.clone()
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{name}.weight"] = torch.ones(1024, dtype=torch.bfloat16)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    written = sum(tensor.nbytes for tensor in tensors.values())
+    del tensors
+    shard, seen = 100 << 20, []
+    monkeypatch.setattr(merging, "SHARD_BYTES", shard)
+    adapter = new_adapter(config)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed above is not to count as there before
+    before = anonymous_bytes()
+    merge(base, adapter, out, on_tensor=lambda: seen.append(anonymous_bytes()))
+    assert written > 7 * shard
+    print(f"{(max(seen) - before) >> 20} MiB for {written >> 20} MiB")
+    assert max(seen) - before < shard + (256 << 20)
 
 
 def test_dequantised_values_are_the_4_bit_bases(bases):

@@ -303,6 +303,22 @@ def test_faults_of_our_own_are_not_the_hubs():
     assert 90 <= fault_of(Refused()).wait_s <= 100
 
 
+def test_the_hubs_own_command_fetches_what_was_pushed(any_hub, tmp_path):
+    """``hf download``, the client people type, gets every byte of a private repository."""
+    run = made_run(tmp_path / "runs")
+    push(run, any_hub)
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": any_hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": READ}
+    environment |= {"HF_HUB_DISABLE_XET": "0" if any_hub.xet else "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [Path(sys.executable).with_name("hf"), "download", "tester/demo-lora", "--local-dir", tmp_path / "got"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    pushed = any_hub.repo("tester/demo-lora").files
+    assert len(pushed) > 2
+    for name in pushed:
+        assert (tmp_path / "got" / name).read_bytes() == any_hub.read("tester/demo-lora", name)
+
+
 CHILD = """
 from deepdoctor.publish.stage import push_run
 import sys
