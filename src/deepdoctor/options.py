@@ -8,13 +8,18 @@ from typing import Annotated, Any, get_origin
 
 import yaml
 from cyclopts import Parameter
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, BeforeValidator, create_model
 
 from deepdoctor.recipe import Recipe, Section
 from deepdoctor.recipe_file import load_recipe
 from deepdoctor.ui import Reporter
 
 __all__ = ["Fields", "Several", "given_fields", "make_reporter", "resolve_recipe"]
+
+
+def _one_level(value: Any) -> Any:
+    """A list that was given as JSON comes as the only item of a list."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
 
 
 def _optional(section: type[BaseModel], name: str) -> type[BaseModel]:
@@ -34,7 +39,8 @@ def _optional(section: type[BaseModel], name: str) -> type[BaseModel]:
                 note = f"{note} [default: {shown}]"
             kind = list[str] if get_origin(kind) is tuple else str
         several = kind == list[str]
-        fields[key] = (Annotated[kind | None, Parameter(help=note, negative=(), consume_multiple=several)], None)
+        option = Parameter(help=note, negative=(), consume_multiple=several)
+        fields[key] = (Annotated[kind | None, option, BeforeValidator(_one_level)], None)
     return create_model(name, **fields)
 
 
