@@ -227,9 +227,7 @@ def test_flags_of_every_kind(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert (recipe.data.config, recipe.model.revision) == (None, "1234567")
 
 
-@pytest.mark.parametrize(
-    "words", (["f16", "q8_0"], ["[f16, q8_0]"], ["[f16,q8_0]"], ['["f16", "q8_0"]']), ids=" ".join
-)
+@pytest.mark.parametrize("words", (["f16", "q8_0"], ["[f16, q8_0]"], ["[f16,q8_0]"], ['["f16", "q8_0"]']), ids=" ".join)
 def test_a_list_is_words_or_as_in_the_file(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """`--export.gguf '[f16, q8_0]'` used to be one unknown type, and JSON a fault in the validator's own words."""
     assert resolved(capsys, TUTORIAL, "--export.gguf", *words).export.gguf == ("f16", "q8_0")

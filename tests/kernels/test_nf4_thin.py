@@ -35,6 +35,14 @@ CASES = (
     Case((1,), 256, 2, 64),
 )
 
+LAYER_8B = (
+    ((4096, 1024, 1024), 4096, 48),
+    ((4096,), 4096, 16),
+    ((14336, 14336), 4096, 32),
+    ((4096,), 14336, 16),
+)
+"""Rows of the parts, columns and ranks of the four matrices of an 8B model's layer."""
+
 
 @dataclass
 class Problem:

@@ -7,26 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_nf4_thin import CASES, Case, Problem, check, draw, plain, truth
+from test_nf4_thin import CASES, LAYER_8B, Case, Problem, check, draw, plain, truth
 
 from deepdoctor.kernels import nf4_thin_cuda
 from deepdoctor.kernels.nf4 import quantize_nf4
-from deepdoctor.kernels.nf4_thin import ThinLinear, thin_lora
+from deepdoctor.kernels.nf4_thin import FEW_ROWS, SPAN, ThinLinear, pair_bits, part_table, thin_lora
 from deepdoctor.kernels.nf4_thin_cuda import (
     FRAGMENT,
-    MOST_ROWS,
     PARTS,
-    SPAN,
     TILE,
     WARPS,
-    pair_bits,
     share_of,
     shared_bytes,
     thin_defines,
 )
 from helpers_numeric import assert_no_less_accurate
 
-FEW_ROWS = [case for case in (*CASES, Case((40,), 1536, 11, 7, True)) if case.rows <= MOST_ROWS]
+FEW = [case for case in (*CASES, Case((40,), 1536, 11, 7, True)) if case.rows <= FEW_ROWS]
 
 RUN = """
 #include "emulated_cuda.h"
@@ -61,12 +58,8 @@ def run(
     eights, library = built
     x = problem.x.contiguous()
     rows, columns = x.shape
-    table: list[int] = []
-    tiles = out = 0
-    for part in problem.parts:
-        held = (part.packed, part.absmax, part.nested_absmax, part.nested_offset, part.nested_code)
-        table += [*(tensor.data_ptr() for tensor in held), tiles, part.shape[0], out]
-        tiles, out = tiles + -(-part.shape[0] // TILE), out + part.shape[0]
+    table, tiles = part_table(problem.parts, TILE)
+    out = sum(part.shape[0] for part in problem.parts)
     spans = columns // SPAN
     per_block, count, slots = share_of(tiles, spans, WARPS[eights], blocks)
     y = torch.full((rows, out), torch.nan, dtype=torch.bfloat16)
@@ -81,7 +74,7 @@ def run(
     return y, arrived
 
 
-@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("blocks", (2, 7, 1000))
 def test_source_is_the_definition(emulated: tuple[int, ctypes.CDLL], case: Case, blocks: int) -> None:
     """Many tiles to a block and many blocks to a tile, with the adapter and without; all counters end at zero."""
@@ -138,7 +131,7 @@ def needs_cuda_kernel() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_kernel_is_the_definition(case: Case, dtype: torch.dtype) -> None:
     """Every case, rows that are not aligned included."""
     needs_cuda_kernel()
@@ -151,12 +144,7 @@ def test_kernel_is_the_definition(case: Case, dtype: torch.dtype) -> None:
 def test_shapes_of_an_8b_model(rows: int, dtype: torch.dtype) -> None:
     """The four matrices of a layer are no less accurate than Triton's; called again, the same bits."""
     needs_cuda_kernel()
-    for sizes, inn, rank in (
-        ((4096, 1024, 1024), 4096, 48),
-        ((4096,), 4096, 16),
-        ((14336, 14336), 4096, 32),
-        ((4096,), 14336, 16),
-    ):
+    for sizes, inn, rank in LAYER_8B:
         problem = draw(Case(sizes, inn, rows, rank, bias=True), dtype, "cuda")
         linear = ThinLinear(problem.parts, dtype, bias=problem.bias, lora=problem.lora)
         other = ThinLinear(problem.parts, dtype, bias=problem.bias, lora=problem.lora, impl="triton")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_nf4_thin import CASES, Case, check, draw, plain, truth
+from test_nf4_thin import CASES, LAYER_8B, Case, check, draw, plain, truth
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.nf4 import dequantize_nf4, quantize_nf4
@@ -79,12 +79,7 @@ def test_scratch_too_small_is_refused() -> None:
 @pytest.mark.parametrize("rows", (1, 3, 17, 32))
 def test_shapes_of_an_8b_model(rows: int, dtype: torch.dtype) -> None:
     """The four matrices of a layer; called again, the same bits."""
-    for sizes, inn, rank in (
-        ((4096, 1024, 1024), 4096, 48),
-        ((4096,), 4096, 16),
-        ((14336, 14336), 4096, 32),
-        ((4096,), 14336, 16),
-    ):
+    for sizes, inn, rank in LAYER_8B:
         problem = draw(Case(sizes, inn, rows, rank, bias=True), dtype, "cuda")
         linear = ThinLinear(problem.parts, dtype, bias=problem.bias, lora=problem.lora)
         u = thin_lora(problem.x, problem.a, torch.empty(rows, rank, dtype=dtype, device="cuda"), problem.mask)

@@ -27,19 +27,31 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.choose import Impl, use_triton
-from deepdoctor.kernels.nf4 import NESTED_BLOCK_SIZE, NF4Weight, dequantize_nf4
+from deepdoctor.kernels.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4
 from deepdoctor.kernels.rows import FLOAT_DTYPES, check_contiguous, check_rows
 
 if TYPE_CHECKING:
     from deepdoctor.kernels.nf4_thin_cuda import CudaThinLaunch
     from deepdoctor.kernels.nf4_thin_triton import ThinLaunch, ThinTiling
 
-__all__ = ["THIN_RANK", "THIN_ROWS", "ThinLinear", "thin_lora"]
+__all__ = [
+    "FEW_ROWS",
+    "SPAN",
+    "THIN_RANK",
+    "THIN_ROWS",
+    "ThinLinear",
+    "code_bits",
+    "pair_bits",
+    "part_table",
+    "thin_lora",
+]
 
 THIN_ROWS = 32
 """Most rows of x: beyond, the weights are better written out and multiplied."""
 THIN_RANK = 64
 """Most columns of u."""
+FEW_ROWS = 16
+"""Most rows of x that the CUDA C++ kernel takes: for more, the x that every warp reads weighs more than its weights."""
 BLOCK = 64
 SPAN = 256
 """Columns that the kernels take at once."""
@@ -121,12 +133,7 @@ class ThinLinear:
 
     def _launch_for(self, rows: int) -> ThinLaunch | CudaThinLaunch | None:
         """The kernel for so many rows of x."""
-        if self._few is not None:
-            from deepdoctor.kernels.nf4_thin_cuda import MOST_ROWS
-
-            if rows <= MOST_ROWS:
-                return self._few
-        return self._launch
+        return self._few if self._few is not None and rows <= FEW_ROWS else self._launch
 
     def __call__(self, x: Tensor, out: Tensor, u: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """Write y into out and return it.
@@ -153,7 +160,7 @@ class ThinLinear:
         launch = self._launch_for(rows)
         if launch is None:
             return self._reference(x, out, u)
-        elements = self.scratch_elements(rows)
+        elements = launch.scratch_elements(rows)
         if scratch is None:
             scratch = torch.empty(elements, dtype=torch.float32, device=x.device)
         if scratch.numel() < elements or scratch.dtype != torch.float32 or not scratch.is_contiguous():
@@ -191,6 +198,37 @@ def _as_published(parts: Sequence[NF4Weight], dtype: torch.dtype) -> bool:
         and part.absmax.data_ptr() % 4 == 0
         for part in parts
     )
+
+
+def part_table(parts: Sequence[NF4Weight], height: int) -> tuple[list[int], int]:
+    """Return what a kernel reads of each part, eight numbers, and how many tiles of ``height`` rows there are in all.
+
+    The numbers: addresses of packed bytes, absmax, nested absmax, nested offset and nested code; the part's first
+    tile, its rows, its first row. They hold as long as the parts do.
+    """
+    table: list[int] = []
+    tiles = start = 0
+    for part in parts:
+        held = (part.packed, part.absmax, part.nested_absmax, part.nested_offset, part.nested_code)
+        for tensor in held:
+            assert tensor is not None and tensor.is_contiguous()
+            table.append(tensor.data_ptr())
+        table += [tiles, part.shape[0], start]
+        tiles += -(-part.shape[0] // height)
+        start += part.shape[0]
+    return table, tiles
+
+
+def code_bits(dtype: torch.dtype) -> list[int]:
+    """The bits of the 16 values, rounded to a 16-bit dtype."""
+    return [bits & 0xFFFF for bits in NF4_CODE.to(dtype).view(torch.int16).tolist()]
+
+
+def pair_bits(dtype: torch.dtype) -> Tensor:
+    """Two values for each byte, (256,) int32: that of the high half of the byte in the low 16 bits."""
+    bits = code_bits(dtype)
+    pairs = torch.tensor([bits[byte & 15] << 16 | bits[byte >> 4] for byte in range(256)], dtype=torch.int64)
+    return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32)
 
 
 @torch.no_grad()

@@ -31,27 +31,16 @@ from torch import Tensor
 
 from deepdoctor.errors import KernelInputError
 from deepdoctor.kernels.cuda_driver import CudaKernel, compile_cubin, why_not
-from deepdoctor.kernels.nf4 import NF4_CODE, NF4Weight
+from deepdoctor.kernels.nf4 import NF4Weight
+from deepdoctor.kernels.nf4_thin import SPAN, pair_bits, part_table
 
-__all__ = [
-    "MOST_ROWS",
-    "PARTS",
-    "CudaThinLaunch",
-    "can_launch",
-    "pair_bits",
-    "share_of",
-    "shared_bytes",
-    "thin_defines",
-]
+__all__ = ["PARTS", "TILE", "WARPS", "CudaThinLaunch", "can_launch", "share_of", "shared_bytes", "thin_defines"]
 
 log = logging.getLogger(__name__)
 
-SPAN = 256
 TILE = 16
 FRAGMENT = 8 * TILE
 """Sums of a tile for eight rows of x."""
-MOST_ROWS = 16
-"""Of x: for more, the x that every warp reads weighs more than its weights."""
 WARPS = {1: 8, 2: 7}
 """Of a block, that multiply, by eights of rows of x: with one more that adds up, as many as registers allow."""
 BLOCKS, STAGES = 2, 2
@@ -96,13 +85,6 @@ def shared_bytes(eights: int) -> int:
     return rings + PAIRS_BYTES + PARTS * 1024 + 2 * warps * eights * FRAGMENT * 4
 
 
-def pair_bits(dtype: torch.dtype) -> Tensor:
-    """Two values for each byte, (256,) int32: that of the high half of the byte in the low 16 bits."""
-    bits = [value & 0xFFFF for value in NF4_CODE.to(dtype).view(torch.int16).tolist()]
-    pairs = torch.tensor([bits[byte & 15] << 16 | bits[byte >> 4] for byte in range(256)])
-    return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32)
-
-
 def share_of(tiles: int, spans: int, warps: int, blocks: int) -> tuple[int, int, int]:
     """Return the rounds of a block, the blocks that takes, and the most of them that meet in a tile.
 
@@ -134,22 +116,14 @@ def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
 class CudaThinLaunch:
     """The kernel for one matrix; see ``nf4_thin.ThinLinear``.
 
-    What is read has a fixed address, and the addresses are arguments: of each part eight int64, those of packed bytes,
-    absmax, nested absmax, nested offset and nested code, its first tile, its rows and its first row.
+    What is read has a fixed address, and ``part_table`` is an argument.
     """
 
     def __init__(self, parts: Sequence[NF4Weight], dtype: torch.dtype, bias: Tensor | None, lora: Tensor | None):
         device = parts[0].packed.device
         self._dtype, self._device, self._bias, self._lora = dtype, device, bias, lora
         self._parts = tuple(parts)
-        table: list[int] = []
-        tiles = start = 0
-        for part in parts:
-            held = (part.packed, part.absmax, part.nested_absmax, part.nested_offset, part.nested_code)
-            assert all(tensor is not None and tensor.is_contiguous() for tensor in held)
-            table += [*(tensor.data_ptr() for tensor in held if tensor is not None), tiles, part.shape[0], start]
-            tiles += -(-part.shape[0] // TILE)
-            start += part.shape[0]
+        table, tiles = part_table(parts, TILE)
         self._table = (ctypes.c_int64 * (8 * PARTS))(*table)
         spans = parts[0].shape[1] // SPAN
         self._tiles = tiles
@@ -166,7 +140,7 @@ class CudaThinLaunch:
         return self._tiles * self._shares[eights][2] * FRAGMENT * eights
 
     def __call__(self, x: Tensor, out: Tensor, u: Tensor | None, scratch: Tensor) -> None:
-        """Write y into out; at most MOST_ROWS rows."""
+        """Write y into out; at most FEW_ROWS rows."""
         rows, eights = x.shape[0], _eights_of(x.shape[0])
         if x.data_ptr() % 16 or x.stride(0) % 8:
             x = x.clone(memory_format=torch.contiguous_format)

@@ -34,13 +34,11 @@ import triton.language as tl
 from torch import Tensor
 
 from deepdoctor.kernels.dependent_triton import dependent, start_next, wait
-from deepdoctor.kernels.nf4 import NF4_CODE, NF4Weight
+from deepdoctor.kernels.nf4 import NF4Weight
+from deepdoctor.kernels.nf4_thin import SPAN, code_bits, pair_bits, part_table
 
 __all__ = ["ThinLaunch", "ThinTiling", "lora"]
 
-BLOCK = 64
-SPAN = 256
-"""Columns that a program takes at once: four blocks, whose codes are one word."""
 BATCHES = (8, 16, 32)
 """Rows of x that a kernel is made for: the tensor core takes eight at a time."""
 MOST_SPLITS = 16
@@ -82,8 +80,7 @@ class ThinLaunch:
     """The kernel for one matrix; see ``nf4_thin.ThinLinear``. splits: stretches that the columns are cut into.
 
     What is read has a fixed address, so the addresses stand in a table on the device. Table, int64: address of the
-    values by byte, or in the interpreter by pair; of each part the addresses of packed bytes, absmax, nested absmax,
-    nested offset and nested code, its first tile, its rows and its first row.
+    values by byte, or in the interpreter by pair; ``part_table``.
     """
 
     def __init__(
@@ -97,22 +94,17 @@ class ThinLaunch:
         device = parts[0].packed.device
         in_features = parts[0].shape[1]
         self._out_features = sum(part.shape[0] for part in parts)
-        self._held: list[Tensor] = []
         self._lora, self._bias = lora, bias
         self._rank = 0 if lora is None else lora.shape[1]
         # The interpreter knows no PTX.
         permute = device.type == "cuda"
-        values = self._address((_byte_tables if permute else _pair_table)(device, dtype))
-        addresses = [self._addresses_of(part) for part in parts]
+        self._held = (tuple(parts), (_byte_tables if permute else _pair_table)(device, dtype))
+        values = self._held[1].data_ptr()
         self.splits = 1
         self._shapes: dict[int, _Shape] = {}
         for batch in BATCHES:
             chosen = tiling or TILINGS[batch]
-            table, tiles, start = [values], 0, 0
-            for part, held in zip(parts, addresses, strict=True):
-                table += [*held, tiles, part.shape[0], start]
-                tiles += triton.cdiv(part.shape[0], chosen.rows)
-                start += part.shape[0]
+            table, tiles = part_table(parts, chosen.rows)
             spans = in_features // SPAN
             wanted = chosen.splits or round(chosen.programs * _multiprocessors(device) / tiles)
             per_split = triton.cdiv(spans, max(1, min(wanted, spans, MOST_SPLITS)))
@@ -120,7 +112,7 @@ class ThinLaunch:
             self.splits = max(self.splits, splits)
             constants = {
                 "COLUMNS": in_features,
-                "OUT": start,
+                "OUT": self._out_features,
                 "PARTS": len(parts),
                 "PER_SPLIT": per_split,
                 "SPLITS": splits,
@@ -138,21 +130,10 @@ class ThinLaunch:
             }
             self._shapes[batch] = _Shape(
                 _thin[(tiles, splits)],
-                torch.tensor(table, dtype=torch.int64, device=device),
+                torch.tensor([values, *table], dtype=torch.int64, device=device),
                 torch.zeros(tiles, dtype=torch.int32, device=device),
                 constants,
             )
-
-    def _addresses_of(self, part: NF4Weight) -> list[int]:
-        """Where the five tensors of a part lie."""
-        held = (part.packed, part.absmax, part.nested_absmax, part.nested_offset, part.nested_code)
-        return [self._address(tensor) for tensor in held if tensor is not None]
-
-    def _address(self, tensor: Tensor) -> int:
-        """Return where tensor lies, and hold it."""
-        assert tensor.is_contiguous()
-        self._held.append(tensor)
-        return tensor.data_ptr()
 
     def scratch_elements(self, rows: int) -> int:
         """Return how many fp32 elements the partial sums take."""
@@ -181,23 +162,14 @@ class ThinLaunch:
 
 
 @functools.cache
-def _code_bits(dtype: torch.dtype) -> list[int]:
-    """The bits of the 16 values, rounded to dtype."""
-    return [bits & 0xFFFF for bits in NF4_CODE.to(dtype).view(torch.int16).tolist()]
-
-
-@functools.cache
 def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Two values for each byte (256,) int32: that of the high half of the byte in the low 16 bits."""
-    bits = _code_bits(dtype)
-    pairs = torch.tensor([bits[byte & 15] << 16 | bits[byte >> 4] for byte in range(256)], dtype=torch.int64)
-    return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(device, torch.int32)
+    return pair_bits(dtype).to(device)
 
 
 @functools.cache
 def _byte_tables(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The low bytes of the 16 values, four to a number, then the high bytes: (32, 8) int32, equal rows."""
-    bits = torch.tensor(_code_bits(dtype))
+    bits = torch.tensor(code_bits(dtype))
     return torch.cat([bits & 255, bits >> 8]).to(torch.uint8).view(torch.int32).repeat(32, 1).to(device)
 
 
