@@ -9,7 +9,6 @@ import pytest
 import tokenizers
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from deepdoctor import pipeline
@@ -23,6 +22,7 @@ from deepdoctor.export.stage import generation_config
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.load import load_decoder, load_tokenizer
 from deepdoctor.model.tokenizer import Tokenizer
+from helpers_merge import spoiled_merge
 from helpers_run import snapshot, tiny_recipe
 
 STAGES = ("data", "train", "export")
@@ -175,15 +175,7 @@ def test_a_wrong_merge_leaves_nothing_behind(again, monkeypatch):
     """
     copy, export = again
 
-    def spoil(base, adapter, folder, *args):
-        dtype = merging.merge(base, adapter, folder, *args)
-        tensors = load_file(folder / "model.safetensors")
-        name = "model.layers.0.self_attn.o_proj.weight"
-        tensors[name] = tensors[name].flip(0).contiguous()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return dtype
-
-    monkeypatch.setattr(stage, "merge", spoil)
+    monkeypatch.setattr(stage, "merge", spoiled_merge)
     with pytest.raises(ParityError, match="the merged model differs from base"):
         export()
     assert [p.name for p in (copy / "export").iterdir()] == ["adapter"]

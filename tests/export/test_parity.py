@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from deepdoctor import pipeline
 from deepdoctor.errors import ParityError
-from deepdoctor.export import merge as merging
 from deepdoctor.export import stage
 from deepdoctor.export.measure import logits_of, streamed_logits
 from deepdoctor.export.merge import MergedWeights, merge
 from deepdoctor.export.parity import ShakenWeights, compare_logits, shaken_adapter
 from deepdoctor.model.adapter import Adapter, LoraSettings
 from deepdoctor.model.load import load_decoder
+from helpers_merge import spoiled_merge
 from helpers_models import tiny_model
 from helpers_run import tiny_recipe
 from helpers_train import synthetic_rows
@@ -128,14 +128,6 @@ def test_a_run_with_a_large_adapter_is_exported(tiny_r1, tmp_path, monkeypatch):
     parity = json.loads((folder / "export" / "merged" / "parity.json").read_text(encoding="utf-8"))
     assert parity["passed"] and parity["rounding"] is not None
 
-    def spoil(base, adapter, place, *args):
-        dtype = merging.merge(base, adapter, place, *args)
-        tensors = load_file(place / "model.safetensors")
-        name = "model.layers.0.self_attn.o_proj.weight"
-        tensors[name] = tensors[name].flip(0).contiguous()
-        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-        return dtype
-
-    monkeypatch.setattr(stage, "merge", spoil)
+    monkeypatch.setattr(stage, "merge", spoiled_merge)
     with pytest.raises(ParityError, match="the merged model differs from base"):
         pipeline.run({**values, "name": "again"}, stages=("data", "train", "export"))
