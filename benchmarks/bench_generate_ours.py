@@ -6,12 +6,10 @@ or null), precision. Jobs of one process have base, adapter and precision in com
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +78,14 @@ class _Clock:
 
 
 def answer_all(jobs: list[dict[str, Any]]) -> None:
-    """Load once, do the jobs in turn, and print the result line of each as soon as it is there.
-
-    A job that fails says so in its line, and the next is tried.
-    """
+    """Load once and do the jobs; see ``do_jobs``."""
     started = time.perf_counter()
     import torch
 
     from deepdoctor.model.adapter import Adapter
     from deepdoctor.model.generate import Generator
     from deepdoctor.model.load import choose_device, load_decoder
+    from peers.job_loop import do_jobs
 
     import_s = time.perf_counter() - started
     device = choose_device("auto")
@@ -103,18 +99,11 @@ def answer_all(jobs: list[dict[str, Any]]) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - started
-    for number, job in enumerate(jobs):
-        try:
-            if device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
-            result = _answer(Generator(decoder, adapter, (), slots=job["streams"], reduced=True), job)
-        except Exception:
-            result = {"error": traceback.format_exc()[-3000:]}
-        if number:
-            result["to_first_token_s"] = None  # the jobs before it are no part of a start
-        result |= {"number": number, "import_s": import_s, "load_s": load_s}
-        print("RESULT", json.dumps(result), flush=True)
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        return _answer(Generator(decoder, adapter, (), slots=job["streams"], reduced=True), job)
+
+    do_jobs(jobs, answer, import_s, load_s)
 
 
 def _answer(generator: Any, job: dict[str, Any]) -> dict[str, Any]:

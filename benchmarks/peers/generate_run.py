@@ -8,16 +8,15 @@ compiled by transformers); and, the same in all, base, adapter (PEFT folder or n
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from job_loop import do_jobs
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 __all__ = ["DEVICE", "DTYPES", "lora_parameters", "run"]
@@ -75,22 +74,8 @@ def _kv_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def run(model: Any, jobs: list[dict[str, Any]], import_s: float, load_s: float) -> None:
-    """Do the jobs in turn, and print the result line of each as soon as it is there.
-
-    A job that fails says so in its line, and the next is tried.
-    """
-    for number, job in enumerate(jobs):
-        try:
-            if torch.cuda.is_available():
-                gc.collect()
-                torch.cuda.empty_cache()
-            result = _answer(model, job)
-        except Exception:
-            result = {"error": traceback.format_exc()[-3000:]}
-        if number:
-            result["to_first_token_s"] = None  # the jobs before it are no part of a start
-        result |= {"number": number, "import_s": import_s, "load_s": load_s}
-        print("RESULT", json.dumps(result), flush=True)
+    """Do the jobs; see ``do_jobs``."""
+    do_jobs(jobs, lambda job: _answer(model, job), import_s, load_s)
 
 
 def _answer(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
