@@ -17,9 +17,18 @@ from deepdoctor.ui import Reporter
 __all__ = ["Fields", "Several", "given_fields", "make_reporter", "resolve_recipe"]
 
 
-def _one_level(value: Any) -> Any:
-    """A list that was given as JSON comes as the only item of a list."""
-    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
+def _items(given: Any) -> Any:
+    """The items of a list that was given as one word in brackets; any other words as they are.
+
+    What is JSON has been parsed before, and comes as a list in a list.
+    """
+    word = given[0] if isinstance(given, list) and len(given) == 1 else None
+    if isinstance(word, str) and word.startswith("[") and word.endswith("]"):
+        try:
+            word = yaml.safe_load(word)
+        except yaml.YAMLError:
+            return given
+    return word if isinstance(word, list) and all(isinstance(item, str) for item in word) else given
 
 
 def _optional(section: type[BaseModel], name: str) -> type[BaseModel]:
@@ -40,7 +49,7 @@ def _optional(section: type[BaseModel], name: str) -> type[BaseModel]:
             kind = list[str] if get_origin(kind) is tuple else str
         several = kind == list[str]
         option = Parameter(help=note, negative=(), consume_multiple=several)
-        fields[key] = (Annotated[kind | None, option, BeforeValidator(_one_level)], None)
+        fields[key] = (Annotated[kind | None, option, BeforeValidator(_items)], None)
     return create_model(name, **fields)
 
 
@@ -62,22 +71,10 @@ def given_fields(fields: BaseModel | None) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, list):
-            return [] if value == ["null"] else _as_in_file(value)
+            return [] if value == ["null"] else value
         return None if value == "null" else value
 
     return plain(fields.model_dump(exclude_unset=True)) if fields is not None else {}
-
-
-def _as_in_file(words: list[str]) -> list[str]:
-    """The items of a list that was given as one word in brackets; any other words as they are."""
-    if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
-        try:
-            items = yaml.safe_load(words[0])
-        except yaml.YAMLError:
-            return words
-        if all(isinstance(item, str) for item in items):
-            return list(items)
-    return words
 
 
 def resolve_recipe(path: Path, fields: Any, vram: str | None = None, engine: str | None = None) -> Recipe:
